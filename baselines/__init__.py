@@ -1,0 +1,1 @@
+"""What BiScale and learned policies are held against."""

@@ -1,0 +1,261 @@
+"""The command ``biscale-gym``.
+
+A fault of the input ends in one line on standard error and exit status 2. What a command needs is imported when it
+runs, so that ``--help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH_OF_FILES = 140
+
+app = tyro.extras.SubcommandApp()
+trace_app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def compare(
+    scenario: str,
+    controllers: str,
+    seeds: int = 1,
+    trace: str | None = None,
+    rate: float | None = None,
+    split: str | None = None,
+    out: Path = Path("results/compare"),
+    json: str | None = None,
+    workers: int = 2,
+    plots: bool = True,
+) -> int:
+    """Run controllers against each other; print joules and SLO attainment side by side.
+
+    Args:
+        scenario: Scenario presets or YAML files, comma-separated.
+        controllers: Controller names or module:Class, comma-separated.
+        seeds: How many seeds, counted from 0.
+        trace: A recorded trace in place of the scenario's workload, at its native rate.
+        rate: Mean arrivals per second to scale the workload to.
+        split: Part to play (train, validation, test); without it test, or all of a recorded trace.
+        out: Folder of records, tables and plots; a run that it holds is not run again.
+        json: File for the rows as JSON; - prints them.
+        workers: Processes.
+        plots: Draw energy bars, latency distributions and timelines.
+    """
+    from biscale_gym.control.controllers import find_controller
+    from biscale_gym.control.rollout import run
+    from biscale_gym.evaluation import compare as comparing
+    from biscale_gym.evaluation.matrix import jobs_of
+
+    tables, messages = _consoles(json)
+    jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split)
+    for name in _names(controllers):
+        find_controller(name)
+    comparison = comparing.compare(jobs, out, workers, plots, run, messages)
+    comparing.report(comparison, tables, messages, len(jobs))
+    if comparison.result.records:
+        messages.print(f"records, tables and plots: {out}", markup=False, highlight=False, soft_wrap=True)
+        _write_json(json, comparing.rows_json(comparison.result.rows()))
+    return comparison.exit_status
+
+
+@app.command
+def simulate(placement: Path, trace: Path, policy: str, json: str = "-", seed: int = 0) -> int:
+    """Run one trace through one stated placement under one clock policy.
+
+    Args:
+        placement: YAML with the instances, the model and the batching preset.
+        trace: A recorded trace in any supported format.
+        policy: Name of a controller whose clock policy is used.
+        json: File for the row as JSON; - prints it.
+        seed: Seed of the run.
+    """
+    from biscale_gym.control.simulate import simulate_file
+    from biscale_gym.evaluation import compare as comparing
+
+    outcome = simulate_file(placement, trace, policy, seed)
+    _write_json(json, comparing.rows_json([outcome.row]))
+    return 0
+
+
+@app.command
+def validate(records: tyro.conf.Positional[Path], record: tyro.conf.Positional[str | None] = None) -> int:
+    """Run records again and compare them with what they say; exit status 1 if one does not hold.
+
+    Args:
+        records: A records.jsonl file or the folder that holds it.
+        record: Id of one record (its first digits are enough); all of them without it.
+    """
+    from biscale_gym.control.rollout import run
+    from biscale_gym.evaluation.records import find_records
+    from biscale_gym.evaluation.validate import validate_record
+
+    held = True
+    for one in find_records(records, record):
+        verdict = validate_record(one, run)
+        held &= verdict.holds
+        how = "exactly" if verdict.exact else "to rounding"
+        print(f"{one.id}  {one.name}  {f'holds {how}' if verdict.holds else 'DOES NOT HOLD'}", flush=True)
+        for line in verdict.differences:
+            print(f"    {line}")
+        for line in verdict.warnings:
+            print(f"    warning: {line}", file=sys.stderr)
+    return 0 if held else 1
+
+
+@trace_app.command
+def fetch(name: tyro.conf.Positional[str], folder: Path = Path("data/traces"), base_url: str | None = None) -> int:
+    """Download a published trace: licence shown, checksum checked, an interrupted download resumed.
+
+    Args:
+        name: Name in the catalogue (`trace published` lists it).
+        folder: Where the file goes.
+        base_url: A mirror in place of the publisher's address.
+    """
+    from biscale_gym.traces.commands import fetch_file
+
+    print(fetch_file(name, folder, base_url))
+    return 0
+
+
+@trace_app.command
+def published() -> int:
+    """List the published traces that `trace fetch` knows."""
+    from biscale_gym.traces.commands import list_published
+
+    print(list_published())
+    return 0
+
+
+@trace_app.command
+def describe(
+    path: tyro.conf.Positional[Path], format: str | None = None, skip_bad: bool = False, markdown: bool = False
+) -> int:
+    """Tell what a trace holds: rates, burstiness, lengths, hash.
+
+    Args:
+        path: A recorded trace.
+        format: Its format, where it shall not be recognised from the file's beginning.
+        skip_bad: Count broken rows instead of stopping at the first.
+        markdown: Print a Markdown table.
+    """
+    from biscale_gym.traces.commands import describe_file
+
+    print(describe_file(path, format, skip_bad=skip_bad, style="markdown" if markdown else "text"))
+    return 0
+
+
+@trace_app.command
+def generate(
+    workload: tyro.conf.Positional[str],
+    output: tyro.conf.Positional[Path],
+    rate: float | None = None,
+    duration: float = 1800.0,
+    seed: int = 0,
+) -> int:
+    """Generate a trace of a workload and write it as CSV or Parquet.
+
+    Args:
+        workload: Workload preset or YAML file.
+        output: File to write; its suffix decides the format.
+        rate: Mean arrivals per second; the workload's native rate without it.
+        duration: Seconds.
+        seed: Seed of the generator.
+    """
+    from biscale_gym.traces.commands import generate_file
+
+    trace = generate_file(workload, rate, duration, seed, output)
+    print(f"{output}: {len(trace)} requests over {trace.duration_s:.1f} s, hash {trace.hash}")
+    return 0
+
+
+@trace_app.command
+def fit(
+    path: tyro.conf.Positional[Path],
+    description: str,
+    source: str,
+    shortest: float = 1.0,
+    skip_bad: bool = False,
+) -> int:
+    """Fit a workload to a recorded trace and print it as YAML for `trace generate` and scenarios.
+
+    Args:
+        path: A recorded trace.
+        description: One line for lists.
+        source: Where the trace comes from.
+        shortest: Shortest time scale, in seconds, on which burstiness is fitted.
+        skip_bad: Leave out broken rows instead of stopping at the first.
+    """
+    from biscale_gym.traces.commands import fit_file
+
+    print(fit_file(path, description, source, shortest_s=shortest, skip_bad=skip_bad), end="")
+    return 0
+
+
+app.command(trace_app, name="trace", help="Fetch, describe, generate and fit traces.")
+
+
+@app.command(name="list")
+def list_() -> int:
+    """List the scenarios, controllers, models and workloads that can be named."""
+    from biscale_gym.config import preset_names
+    from biscale_gym.control.controllers import controller_names
+
+    rows = {
+        "scenarios": preset_names("scenarios"),
+        "controllers": controller_names(),
+        "hardware": preset_names("hardware"),
+        "models": preset_names("models"),
+        "workloads": preset_names("workloads"),
+    }
+    for kind, names in rows.items():
+        print(f"{kind + ':':<13}{', '.join(names)}")
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _consoles(json: str | None) -> tuple[Console, Console]:
+    """Where tables and messages go: rows printed as JSON have standard output to themselves."""
+    from rich.console import Console
+
+    messages = Console(stderr=True)
+    if json == "-":
+        return messages, messages
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES), messages
+
+
+def _write_json(target: str | None, text: str) -> None:
+    from biscale_gym.evaluation.records import replace_file
+
+    if target == "-":
+        sys.stdout.write(text)
+    elif target is not None:
+        replace_file(Path(target), text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; always leaves through ``SystemExit``."""
+    from biscale_gym.evaluation.faults import is_user_error, one_line
+
+    warnings.formatwarning = lambda message, *_: f"biscale-gym: warning: {message}\n"
+    try:
+        status = app.cli(prog="biscale-gym", description="A testbed for energy-efficient LLM serving.", args=arguments)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        print(f"biscale-gym: error: {one_line(error)}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

@@ -1,0 +1,387 @@
+"""Decode instances: claims, transfers, continuous batching, preemption by recompute."""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN201
+
+from __future__ import annotations
+
+import numpy as np
+
+from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym.cluster.primitives import delivery_entity, log_event, mark_dirty, set_event
+from biscale_gym.cluster.routing import route
+from biscale_gym.cluster.state import (
+    DECODE,
+    DECODING,
+    EV_CLAIM,
+    EV_DECODE_END,
+    EV_DECODE_START,
+    EV_DELIVER,
+    EV_FINISH,
+    EV_JOIN,
+    EV_PREEMPT,
+    EV_REJECT,
+    FINISHED,
+    IN_TRANSFER,
+    RECOMPUTING,
+    REJECTED,
+    WAITING_DECODE,
+)
+
+_LOW_HALF = (1 << 32) - 1
+
+
+@engine_jit
+def reject(st, r):
+    """No instance could ever hold request r."""
+    st.req[r].status = REJECTED
+    st.glob[0].rejected += 1
+    log_event(st, EV_REJECT, -1, r)
+
+
+@inline_jit
+def _kv_present(req):
+    """KV tokens of a request that is (re)joining a batch: its prompt and all generated tokens but the last."""
+    return np.int64(req.prompt) + np.int64(req.generated) - 1
+
+
+@engine_jit
+def _enqueue(st, i, r):
+    inst = st.inst[i]
+    req = st.req[r]
+    req.decode_instance = i
+    req.next = -1
+    if inst.queue_tail < 0:
+        inst.queue_head = r
+    else:
+        st.req[inst.queue_tail].next = r
+    inst.queue_tail = r
+    inst.queue_n += 1
+    inst.queue_tokens += _kv_present(req)
+    if not inst.running:
+        mark_dirty(st, i)
+
+
+@engine_jit
+def _pop_queue(st, i):
+    inst = st.inst[i]
+    r = inst.queue_head
+    inst.queue_head = st.req[r].next
+    if inst.queue_head < 0:
+        inst.queue_tail = -1
+    st.req[r].next = -1
+    inst.queue_n -= 1
+    inst.queue_tokens -= _kv_present(st.req[r])
+    return r
+
+
+@engine_jit
+def hand_to_decode(st, r):
+    """Route a request whose first token is out. Returns False where no instance of the placement could ever hold it."""
+    g = st.glob[0]
+    req = st.req[r]
+    need = np.int64(req.prompt) + np.int64(req.output)
+    if need > g.largest_decode_kv:
+        reject(st, r)
+        return False
+    req.status = WAITING_DECODE
+    i = route(st, DECODE, need)
+    if i < 0:
+        req.next = -1
+        if g.pending_decode_tail < 0:
+            g.pending_decode_head = r
+        else:
+            st.req[g.pending_decode_tail].next = r
+        g.pending_decode_tail = r
+    else:
+        _enqueue(st, i, r)
+    return True
+
+
+@inline_jit
+def _release_prefill(st, r):
+    """The prefill side's KV is no longer needed."""
+    source = st.req[r].prefill_instance
+    if source >= 0:
+        inst = st.inst[source]
+        inst.kv_used -= st.req[r].prompt
+        if not inst.running:
+            mark_dirty(st, source)
+
+
+@inline_jit
+def _join(st, i, r):
+    inst = st.inst[i]
+    req = st.req[r]
+    g = st.glob[0]
+    req.status = DECODING
+    req.join_iteration = inst.iterations
+    req.prev = inst.run_tail
+    req.next = -1
+    if inst.run_tail >= 0:
+        st.req[inst.run_tail].next = r
+    inst.run_tail = r
+    key = ((inst.iterations + req.output - req.generated + g.extra_decode_iteration) << 32) | r
+    heap = st.run_heap[i]
+    position = inst.run_n
+    while position > 0:
+        parent = (position - 1) >> 1
+        if heap[parent] <= key:
+            break
+        heap[position] = heap[parent]
+        position = parent
+    heap[position] = key
+    inst.run_n += 1
+    inst.run_kv += _kv_present(req)
+    log_event(st, EV_JOIN, i, r)
+
+
+@inline_jit
+def _heap_replace(heap, n, position, key):
+    """Put ``key`` at ``position`` of a heap of n keys and let it sink."""
+    while True:
+        child = 2 * position + 1
+        if child >= n:
+            break
+        if child + 1 < n and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= key:
+            break
+        heap[position] = heap[child]
+        position = child
+    heap[position] = key
+
+
+@engine_jit
+def _heap_remove(heap, n, r):
+    for position in range(n):
+        if heap[position] & _LOW_HALF == r:
+            last = heap[n - 1]
+            if position < n - 1:
+                _heap_replace(heap, n - 1, position, last)
+                while position > 0 and heap[position] < heap[(position - 1) >> 1]:
+                    parent = (position - 1) >> 1
+                    heap[position], heap[parent] = heap[parent], heap[position]
+                    position = parent
+            return
+
+
+@inline_jit
+def _unlink(st, i, r):
+    inst = st.inst[i]
+    req = st.req[r]
+    if req.prev >= 0:
+        st.req[req.prev].next = req.next
+    if req.next >= 0:
+        st.req[req.next].prev = req.prev
+    else:
+        inst.run_tail = req.prev
+    req.prev = -1
+    req.next = -1
+
+
+@engine_jit
+def _preempt_last(st, i):
+    """The request that joined last leaves the batch and its KV; it waits at the head of the queue."""
+    inst = st.inst[i]
+    r = inst.run_tail
+    req = st.req[r]
+    if req.status == RECOMPUTING:
+        inst.recompute_n -= 1
+        inst.recompute_tokens -= _kv_present(req)
+        inst.recompute_sum_sq -= np.float64(_kv_present(req)) ** 2
+    req.generated += inst.iterations - req.join_iteration
+    _heap_remove(st.run_heap[i], inst.run_n, r)
+    _unlink(st, i, r)
+    inst.run_n -= 1
+    inst.run_kv -= _kv_present(req)
+    inst.kv_used -= _kv_present(req)
+    req.status = WAITING_DECODE
+    req.preemptions += 1
+    req.next = inst.queue_head
+    inst.queue_head = r
+    if inst.queue_tail < 0:
+        inst.queue_tail = r
+    inst.queue_n += 1
+    inst.queue_tokens += _kv_present(req)
+    log_event(st, EV_PREEMPT, i, r)
+
+
+@engine_jit
+def _transfer(st, i, r):
+    """Start the KV transfer of a claimed request; returns when it is delivered (s)."""
+    g = st.glob[0]
+    req = st.req[r]
+    if req.prefill_instance < 0:
+        return g.now_s
+    inst = st.inst[i]
+    source = st.inst[req.prefill_instance]
+    per_gpu = g.bytes_per_s_within_node if source.node == inst.node else g.bytes_per_s_between_nodes
+    start_s = max(g.now_s, max(source.link_free_s, inst.link_free_s))
+    end_s = start_s + req.prompt * g.kv_bytes_per_token / (min(source.tp, inst.tp) * per_gpu)
+    source.link_free_s = end_s
+    inst.link_free_s = end_s
+    return end_s + g.transfer_latency_s
+
+
+@engine_jit
+def _claim(st, i):
+    """Reserve KV for waiting requests, in order, while they fit (docs/cluster.md, Reservation)."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    while inst.queue_head >= 0:
+        r = inst.queue_head
+        req = st.req[r]
+        present = _kv_present(req)
+        claim = np.int64(req.prompt) + np.int64(req.output) if g.full_admission else present
+        if req.preemptions > 0 and inst.kv_used + claim + inst.run_n + 1 > inst.kv_capacity:
+            return
+        if inst.kv_used + claim > inst.kv_capacity:
+            return
+        if inst.run_n + inst.transit_n >= g.max_decode_sequences:
+            return
+        _pop_queue(st, i)
+        inst.kv_used += claim
+        if req.preemptions > 0:
+            _join(st, i, r)
+            req.status = RECOMPUTING
+            inst.recompute_n += 1
+            inst.recompute_tokens += present
+            inst.recompute_sum_sq += np.float64(present) ** 2
+            continue
+        log_event(st, EV_CLAIM, i, r)
+        req.delivered_s = _transfer(st, i, r)
+        if req.delivered_s <= g.now_s:
+            log_event(st, EV_DELIVER, i, r)
+            _release_prefill(st, r)
+            _join(st, i, r)
+            continue
+        req.status = IN_TRANSFER
+        if inst.transit_tail < 0:
+            inst.transit_head = r
+            set_event(st, delivery_entity(st, i), req.delivered_s)
+        else:
+            st.req[inst.transit_tail].next = r
+        inst.transit_tail = r
+        inst.transit_n += 1
+        inst.transit_tokens += present
+
+
+@engine_jit
+def deliver(st, i):
+    """The first transfer on its way to instance i is complete."""
+    inst = st.inst[i]
+    r = inst.transit_head
+    req = st.req[r]
+    inst.transit_head = req.next
+    inst.transit_tokens -= _kv_present(req)
+    req.next = -1
+    if inst.transit_head < 0:
+        inst.transit_tail = -1
+        set_event(st, delivery_entity(st, i), np.inf)
+    else:
+        set_event(st, delivery_entity(st, i), st.req[inst.transit_head].delivered_s)
+    log_event(st, EV_DELIVER, i, r)
+    if not inst.running:
+        mark_dirty(st, i)
+    _release_prefill(st, r)
+    if inst.ready_tail < 0:
+        inst.ready_head = r
+    else:
+        st.req[inst.ready_tail].next = r
+    inst.ready_tail = r
+    inst.ready_n += 1
+
+
+@inline_jit
+def form_decode_batch(st, i):
+    """Join, claim, preempt; fill the ``iter_*`` fields. Returns whether there is anything to run."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    while inst.ready_head >= 0:
+        r = inst.ready_head
+        inst.ready_head = st.req[r].next
+        if inst.ready_head < 0:
+            inst.ready_tail = -1
+        inst.ready_n -= 1
+        inst.transit_n -= 1
+        _join(st, i, r)
+    if inst.queue_head >= 0:
+        _claim(st, i)
+    if g.preempt:
+        while inst.kv_used + inst.run_n > inst.kv_capacity and inst.run_n > 1:
+            _preempt_last(st, i)
+    if inst.run_n == 0:
+        return False
+    inst.iter_batch = inst.run_n - inst.recompute_n
+    inst.iter_kv = inst.run_kv - inst.recompute_tokens
+    inst.iter_tokens = inst.recompute_tokens
+    inst.iter_sum_sq = inst.recompute_sum_sq
+    log_event(st, EV_DECODE_START, i, inst.run_n)
+    return True
+
+
+@inline_jit
+def end_decode(st, i):
+    """Every request of the batch has one more token; those that have all of theirs are finished."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    inst.output_tokens += inst.run_n
+    inst.run_kv += inst.run_n
+    if not g.full_admission:
+        inst.kv_used += inst.run_n
+    log_event(st, EV_DECODE_END, i, inst.run_n)
+    if inst.recompute_n > 0:
+        r = inst.run_tail
+        while inst.recompute_n > 0:
+            if st.req[r].status == RECOMPUTING:
+                st.req[r].status = DECODING
+                inst.recompute_n -= 1
+            r = st.req[r].prev
+        inst.recompute_tokens = 0
+        inst.recompute_sum_sq = 0.0
+    heap = st.run_heap[i]
+    while inst.run_n > 0 and heap[0] >> 32 <= inst.iterations:
+        r = heap[0] & _LOW_HALF
+        _heap_replace(heap, inst.run_n - 1, 0, heap[inst.run_n - 1])
+        _unlink(st, i, r)
+        inst.run_n -= 1
+        req = st.req[r]
+        req.generated += inst.iterations - req.join_iteration
+        present = _kv_present(req)
+        inst.run_kv -= present
+        inst.kv_used -= np.int64(req.prompt) + np.int64(req.output) if g.full_admission else present
+        req.finish_s = g.now_s
+        req.status = FINISHED
+        g.finished += 1
+        log_event(st, EV_FINISH, i, r)
+
+
+@engine_jit
+def return_waiting(st, i):
+    """Hand the unclaimed requests of a draining instance back to the router, in order."""
+    inst = st.inst[i]
+    r = inst.queue_head
+    inst.queue_head = -1
+    inst.queue_tail = -1
+    inst.queue_n = 0
+    inst.queue_tokens = 0
+    while r >= 0:
+        following = st.req[r].next
+        if not hand_to_decode(st, r) and st.req[r].preemptions == 0:
+            _release_prefill(st, r)
+        r = following
+
+
+@engine_jit
+def route_pending_decode(st):
+    """Try the common queue again: an instance became active."""
+    g = st.glob[0]
+    r = g.pending_decode_head
+    g.pending_decode_head = -1
+    g.pending_decode_tail = -1
+    while r >= 0:
+        following = st.req[r].next
+        if not hand_to_decode(st, r) and st.req[r].preemptions == 0:
+            _release_prefill(st, r)
+        r = following

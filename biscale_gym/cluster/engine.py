@@ -1,0 +1,333 @@
+"""The compiled event loop: ``advance`` runs a state until a time, the end, or a decision that the caller must take."""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN201
+
+from __future__ import annotations
+
+import numpy as np
+
+from biscale_gym.cluster import features as f
+from biscale_gym.cluster.clocks import ask_clock, cancel_clock_job, node_event
+from biscale_gym.cluster.decode import (
+    deliver,
+    end_decode,
+    form_decode_batch,
+    return_waiting,
+    route_pending_decode,
+)
+from biscale_gym.cluster.iteration import begin_iteration, end_iteration, go_idle
+from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym.cluster.observe import observe
+from biscale_gym.cluster.prefill import (
+    arrive,
+    end_prefill,
+    form_prefill_batch,
+    return_queue,
+    route_pending_prefill,
+)
+from biscale_gym.cluster.primitives import (
+    accrue,
+    accrue_all,
+    accrue_unallocated,
+    iteration_entity,
+    mark_dirty,
+    set_event,
+    set_power,
+)
+from biscale_gym.cluster.routing import router_add, router_remove
+from biscale_gym.cluster.state import (
+    ACTIVE,
+    AWAITING_GPUS,
+    COMPILED,
+    DRAINING,
+    EXTERNAL,
+    GONE,
+    HOLD,
+    LOADING,
+    PREFILL,
+)
+from biscale_gym.profiles.kernels import idle_power_w
+
+# What ``advance`` returns.
+ENDED = 0
+"""Nothing is left to happen."""
+REACHED = 1
+"""The next event is not before the time asked for."""
+DECISION = 2
+"""``glob.pending_instance`` waits for the caller's clock; its features are in ``obs``."""
+BAD_ANSWER = 3
+"""A compiled policy answered with a clock outside the list: ``glob.bad_answer``, at ``glob.pending_instance``."""
+
+NO_ANSWER = -1
+_NOTHING = -1
+
+
+@engine_jit
+def activate(st, i):
+    """Instance i takes requests from now on."""
+    inst = st.inst[i]
+    inst.status = ACTIVE
+    inst.active_from_s = st.glob[0].now_s
+    go_idle(st, i)
+    router_add(st, i)
+    mark_dirty(st, i)
+
+
+@engine_jit
+def route_common_queues(st):
+    """Hand the common queues to the routers again: instances became active."""
+    route_pending_prefill(st)
+    route_pending_decode(st)
+
+
+@engine_jit
+def _take_gpus(st, i):
+    g = st.glob[0]
+    inst = st.inst[i]
+    accrue_unallocated(st)
+    g.gpus_allocated += inst.tp
+    st.node[inst.node].free_gpus -= inst.tp
+    inst.last_s = g.now_s
+
+
+@engine_jit
+def _load(st, i):
+    """Instance i takes its GPUs and loads its weights."""
+    inst = st.inst[i]
+    _take_gpus(st, i)
+    inst.status = LOADING
+    idle_w = idle_power_w(st.models[inst.model_start : inst.model_stop], inst.clock)
+    set_power(st, i, inst.tp * (idle_w + inst.load_extra_w), True)
+    set_event(st, iteration_entity(st, i), st.glob[0].now_s + inst.load_s)
+
+
+@engine_jit
+def start_waiting_instances(st, n):
+    """Start instances that wait for GPUs of node n, strictly in order, while they fit."""
+    for i in range(st.glob[0].instances):
+        inst = st.inst[i]
+        if inst.status == AWAITING_GPUS and inst.node == n:
+            if st.node[n].free_gpus < inst.tp:
+                return
+            _load(st, i)
+
+
+@engine_jit
+def place_at_once(st, i):
+    """A new instance takes its GPUs and requests now, whatever else is on the node."""
+    _take_gpus(st, i)
+    activate(st, i)
+
+
+@engine_jit
+def retire(st, i):
+    """Instance i takes no more requests; it drains and leaves."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    if inst.status == AWAITING_GPUS:
+        inst.status = GONE
+        inst.gone_s = g.now_s
+        return
+    if inst.status == ACTIVE:
+        router_remove(st, i)
+    elif inst.status == LOADING:
+        set_event(st, iteration_entity(st, i), np.inf)
+    inst.status = DRAINING
+    mark_dirty(st, i)
+
+
+@engine_jit
+def return_requests(st, i):
+    """What a retired instance has not begun goes back to the routers."""
+    if st.inst[i].phase == PREFILL:
+        return_queue(st, i)
+    else:
+        return_waiting(st, i)
+
+
+@engine_jit
+def _leave(st, i):
+    """A drained instance gives its GPUs back."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    cancel_clock_job(st, i)
+    accrue(st, i)
+    inst.status = GONE
+    inst.power_w = 0.0
+    inst.gone_s = g.now_s
+    accrue_unallocated(st)
+    g.gpus_allocated -= inst.tp
+    st.node[inst.node].free_gpus += inst.tp
+    start_waiting_instances(st, inst.node)
+
+
+@inline_jit
+def _is_drained(inst):
+    if inst.phase == PREFILL:
+        return inst.chunk_request < 0
+    return inst.run_n == 0 and inst.transit_n == 0 and inst.queue_n == 0
+
+
+@inline_jit
+def _wake(st, i):
+    """Form a batch if there is one to form. Returns the reason for a decision, or -1."""
+    inst = st.inst[i]
+    if inst.running:
+        if inst.ask_overrun:
+            inst.ask_overrun = 0
+            inst.ask_arrival = 0
+            return f.OVERRUN
+        if inst.ask_arrival:
+            inst.ask_arrival = 0
+            return f.ARRIVAL
+        return _NOTHING
+    inst.ask_overrun = 0
+    inst.ask_arrival = 0
+    if inst.status != ACTIVE and inst.status != DRAINING:
+        return _NOTHING
+    formed = form_prefill_batch(st, i) if inst.phase == PREFILL else form_decode_batch(st, i)
+    if formed:
+        inst.idle_asked = 0
+        return f.BOUNDARY
+    if inst.status == DRAINING and _is_drained(inst):
+        _leave(st, i)
+        return _NOTHING
+    if inst.idle_asked:
+        return _NOTHING
+    go_idle(st, i)
+    inst.idle_asked = 1
+    return f.IDLE
+
+
+@inline_jit
+def _mode(st, i, reason):
+    """Who decides: HOLD where nobody wants to be asked."""
+    g = st.glob[0]
+    if st.inst[i].phase == PREFILL:
+        if reason == f.IDLE and not g.ask_on_idle_prefill:
+            return HOLD
+        return g.mode_prefill
+    if reason == f.IDLE and not g.ask_on_idle_decode:
+        return HOLD
+    return g.mode_decode
+
+
+@inline_jit
+def _iteration_event(st, i):
+    """The timer of instance i's iteration rang: its end, its overrun, or its loading is done."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    if not inst.running:
+        set_event(st, iteration_entity(st, i), np.inf)
+        activate(st, i)
+        route_common_queues(st)
+        return
+    if g.now_s < inst.end_s:
+        inst.overrun_s = -1.0
+        inst.ask_overrun = 1
+        set_event(st, iteration_entity(st, i), inst.end_s)
+        mark_dirty(st, i)
+        return
+    end_iteration(st, i)
+    mark_dirty(st, i)
+    if inst.phase == PREFILL:
+        end_prefill(st, i)
+    else:
+        end_decode(st, i)
+
+
+@engine_jit
+def _answer(st, clock):
+    """Carry out the answer to the pending decision; False where the clock does not exist."""
+    g = st.glob[0]
+    i = g.pending_instance
+    if clock < 0 or clock >= g.clocks:
+        g.bad_answer = clock
+        return False
+    reason = g.pending_reason
+    g.pending_instance = -1
+    g.decisions += 1
+    ask_clock(st, i, clock)
+    if reason == f.BOUNDARY:
+        begin_iteration(st, i)
+    return True
+
+
+@engine_jit
+def advance(st, prefill_policy, decode_policy, until_s, answer):
+    """Run events before ``until_s``, in order.
+
+    ``answer`` is the clock for the pending decision, or NO_ANSWER. Returns ENDED, REACHED, DECISION or BAD_ANSWER.
+    """
+    g = st.glob[0]
+    tree_s, tree_entity = st.tree_s, st.tree_entity
+    if g.pending_instance >= 0:
+        if answer == NO_ANSWER:
+            return DECISION
+        if not _answer(st, answer):
+            return BAD_ANSWER
+    while True:
+        # Events of this instant come before waking; waking may cause more of them.
+        event_s = tree_s[1]
+        arrival_s = st.req[g.next_arrival].arrival_s if g.next_arrival < g.requests else np.inf
+        if g.dirty_n > 0 and min(event_s, arrival_s) > g.now_s:
+            i = np.int64(st.dirty[g.dirty_next])
+            g.dirty_next = g.dirty_next + 1 if g.dirty_next + 1 < g.capacity else 0
+            g.dirty_n -= 1
+            inst = st.inst[i]
+            inst.dirty = 0
+            reason = _wake(st, i)
+            if reason == _NOTHING:
+                continue
+            mode = _mode(st, i, reason)
+            if mode == COMPILED:
+                observe(st, i, reason)
+                model = st.predicted[inst.predicted_start : inst.predicted_stop]
+                if inst.phase == PREFILL:
+                    clock = prefill_policy(st.obs, st.memory[i], st.params_prefill, model)
+                else:
+                    clock = decode_policy(st.obs, st.memory[i], st.params_decode, model)
+                g.decisions += 1
+                if clock < 0 or clock >= g.clocks:
+                    g.pending_instance = i
+                    g.pending_reason = reason
+                    g.bad_answer = clock
+                    return BAD_ANSWER
+                if clock != inst.target:
+                    ask_clock(st, i, clock)
+            elif mode == EXTERNAL:
+                observe(st, i, reason)
+                g.pending_instance = i
+                g.pending_reason = reason
+                return DECISION
+            if reason == f.BOUNDARY:
+                begin_iteration(st, i)
+            continue
+        if event_s <= arrival_s:
+            if event_s >= until_s:
+                break
+            entity = np.int64(tree_entity[1])
+            g.now_s = event_s
+            first_iteration = g.nodes + g.capacity
+            if entity >= first_iteration:
+                _iteration_event(st, entity - first_iteration)
+            elif entity >= g.nodes:
+                deliver(st, entity - g.nodes)
+            else:
+                node_event(st, entity)
+        else:
+            if arrival_s >= until_s:
+                break
+            g.now_s = arrival_s
+            r = g.next_arrival
+            g.next_arrival += 1
+            arrive(st, r)
+    if until_s < np.inf:
+        g.now_s = max(g.now_s, until_s)
+        accrue_all(st)
+        if event_s == np.inf and arrival_s == np.inf:
+            return ENDED
+        return REACHED
+    accrue_all(st)
+    return ENDED

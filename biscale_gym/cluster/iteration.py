@@ -1,0 +1,102 @@
+"""An instance's running iteration: start, and a clock change in its midst."""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN201
+
+from __future__ import annotations
+
+import numpy as np
+
+from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym.cluster.primitives import iteration_entity, set_event, set_power
+from biscale_gym.cluster.state import HOLD, LOADING, PREFILL
+from biscale_gym.profiles.kernels import decode_cost, idle_power_w, iteration_cost, iteration_latency
+
+
+@inline_jit
+def _cost(model, clock, inst):
+    if inst.iter_tokens == 0.0:
+        return decode_cost(model, clock, inst.iter_batch, inst.iter_kv)
+    return iteration_cost(model, clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
+
+
+@engine_jit
+def _predicted_full_s(st, inst):
+    model = st.predicted[inst.predicted_start : inst.predicted_stop]
+    return iteration_latency(model, inst.clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
+
+
+@inline_jit
+def _schedule(st, i, inst):
+    """Set the timer to the iteration's end, or to its overrun where that comes first."""
+    g = st.glob[0]
+    entity = iteration_entity(st, i)
+    mode = g.mode_prefill if inst.phase == PREFILL else g.mode_decode
+    subscribed = g.ask_on_overrun_prefill if inst.phase == PREFILL else g.ask_on_overrun_decode
+    if mode != HOLD and subscribed and not g.prediction_is_exact and inst.overrun_s >= 0.0:
+        predicted_s = inst.predicted_done_s + inst.work_left * inst.predicted_full_s
+        inst.overrun_s = inst.iter_start_s + (1.0 + g.overrun_margin) * predicted_s
+        set_event(st, entity, min(inst.end_s, max(g.now_s, inst.overrun_s)))
+    else:
+        set_event(st, entity, inst.end_s)
+
+
+@inline_jit
+def begin_iteration(st, i):
+    """Start the iteration described by the instance's ``iter_*`` fields at the clock in force."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    latency_s, power_w = _cost(st.models[inst.model_start : inst.model_stop], inst.clock, inst)
+    inst.running = 1
+    set_power(st, i, power_w * inst.tp, False)
+    inst.iter_start_s = g.now_s
+    inst.segment_start_s = g.now_s
+    inst.work_left = 1.0
+    inst.full_duration_s = latency_s
+    inst.end_s = g.now_s + latency_s
+    inst.predicted_done_s = 0.0
+    inst.overrun_s = np.inf
+    inst.predicted_full_s = latency_s if g.prediction_is_exact else _predicted_full_s(st, inst)
+    _schedule(st, i, inst)
+
+
+@engine_jit
+def clock_in_force(st, i, clock):
+    """The new clock holds from now on; a running iteration's remaining work is rescaled."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    inst.clock = clock
+    model = st.models[inst.model_start : inst.model_stop]
+    if not inst.running:
+        extra_w = inst.load_extra_w if inst.status == LOADING else 0.0
+        set_power(st, i, inst.tp * (idle_power_w(model, clock) + extra_w), inst.status == LOADING)
+        return
+    done = min(inst.work_left, (g.now_s - inst.segment_start_s) / inst.full_duration_s)
+    inst.predicted_done_s += done * inst.predicted_full_s
+    inst.work_left -= done
+    latency_s, power_w = _cost(model, clock, inst)
+    set_power(st, i, power_w * inst.tp, False)
+    inst.segment_start_s = g.now_s
+    inst.full_duration_s = latency_s
+    inst.end_s = g.now_s + inst.work_left * latency_s
+    inst.predicted_full_s = latency_s if g.prediction_is_exact else _predicted_full_s(st, inst)
+    _schedule(st, i, inst)
+
+
+@inline_jit
+def end_iteration(st, i):
+    """Close the running iteration: what it took and what was predicted become the last observation."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    inst.running = 0
+    inst.last_observed_s = g.now_s - inst.iter_start_s
+    inst.last_predicted_s = inst.predicted_done_s + inst.work_left * inst.predicted_full_s
+    inst.iterations += 1
+    set_event(st, iteration_entity(st, i), np.inf)
+
+
+@engine_jit
+def go_idle(st, i):
+    """The instance computes nothing from now on."""
+    inst = st.inst[i]
+    set_power(st, i, inst.tp * idle_power_w(st.models[inst.model_start : inst.model_stop], inst.clock), False)

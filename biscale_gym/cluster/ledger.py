@@ -1,0 +1,133 @@
+"""The ledger: what happened to every request and every instance, as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from biscale_gym.cluster.state import BUCKETS, FINISHED, PREFILL, REJECTED, State
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RequestLedger:
+    """One entry per request of the trace; times are NaN where they have not come (yet).
+
+    Attributes:
+        arrival_s, prefill_start_s, first_token_s, delivered_s, finish_s: float64[R], seconds.
+        prompt_tokens, output_tokens: int64[R].
+        prefill_instance, decode_instance: int64[R], -1 where none.
+        preemptions: int64[R].
+        finished, rejected: bool[R].
+    """
+
+    arrival_s: FloatArray
+    prefill_start_s: FloatArray
+    first_token_s: FloatArray
+    delivered_s: FloatArray
+    finish_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    prefill_instance: IntArray
+    decode_instance: IntArray
+    preemptions: IntArray
+    finished: npt.NDArray[np.bool_]
+    rejected: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class InstanceLedger:
+    """One entry per instance that ever was, up to ``now_s``.
+
+    Attributes:
+        is_prefill: bool[I].
+        tp: int64[I].
+        clock_mhz: int64[I], in force now.
+        energy_j, time_s: float64[I, 4], by bucket (state.BUCKETS).
+        iterations, prompt_tokens, output_tokens, clock_changes: int64[I].
+        unallocated_j: joules of GPUs that belong to no instance.
+    """
+
+    now_s: float
+    is_prefill: npt.NDArray[np.bool_]
+    tp: IntArray
+    energy_j: FloatArray
+    time_s: FloatArray
+    iterations: IntArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    clock_changes: IntArray
+    unallocated_j: float
+
+    def since(self, earlier: InstanceLedger) -> InstanceLedger:
+        """What was booked after an earlier reading; instances that came later count from their start."""
+
+        def rest(name: str) -> npt.NDArray[Any]:
+            later: npt.NDArray[Any] = getattr(self, name).copy()
+            before = getattr(earlier, name)
+            later[: len(before)] -= before
+            return later
+
+        return InstanceLedger(
+            now_s=self.now_s,
+            is_prefill=self.is_prefill,
+            tp=self.tp,
+            energy_j=rest("energy_j"),
+            time_s=rest("time_s"),
+            iterations=rest("iterations"),
+            prompt_tokens=rest("prompt_tokens"),
+            output_tokens=rest("output_tokens"),
+            clock_changes=rest("clock_changes"),
+            unallocated_j=self.unallocated_j - earlier.unallocated_j,
+        )
+
+    def phase_energy_j(self, prefill: bool, bucket: str | None = None) -> float:
+        """Joules of a phase's instances, in one bucket or in all."""
+        rows = self.energy_j[self.is_prefill == prefill]
+        return float(rows.sum() if bucket is None else rows[:, BUCKETS.index(bucket)].sum())
+
+
+def read_requests(state: State) -> RequestLedger:
+    """Copy the requests' ledger out of the engine's state."""
+    req = state.req
+
+    def integers(name: str) -> IntArray:
+        return req[name].astype(np.int64)
+
+    return RequestLedger(
+        arrival_s=req["arrival_s"].copy(),
+        prefill_start_s=req["prefill_start_s"].copy(),
+        first_token_s=req["first_token_s"].copy(),
+        delivered_s=req["delivered_s"].copy(),
+        finish_s=req["finish_s"].copy(),
+        prompt_tokens=integers("prompt"),
+        output_tokens=integers("output"),
+        prefill_instance=integers("prefill_instance"),
+        decode_instance=integers("decode_instance"),
+        preemptions=integers("preemptions"),
+        finished=req["status"] == FINISHED,
+        rejected=req["status"] == REJECTED,
+    )
+
+
+def read_instances(state: State) -> InstanceLedger:
+    """Copy the instances' ledger out of the engine's state, which must have been booked up to now."""
+    glob = state.glob[0]
+    inst = state.inst[: int(glob["instances"])]
+    return InstanceLedger(
+        now_s=float(glob["now_s"]),
+        is_prefill=inst["phase"] == PREFILL,
+        tp=inst["tp"].copy(),
+        energy_j=inst["energy_j"].copy(),
+        time_s=inst["time_s"].copy(),
+        iterations=inst["iterations"].copy(),
+        prompt_tokens=inst["prompt_tokens"].copy(),
+        output_tokens=inst["output_tokens"].copy(),
+        clock_changes=inst["clock_changes"].copy(),
+        unallocated_j=float(glob["unallocated_j"]),
+    )

@@ -1,0 +1,211 @@
+"""Placement: which instances serve which phase, on which nodes, and how one placement turns into the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from biscale_gym.config import nearest
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+class PlacementError(ValueError):
+    """A placement that cannot be; the message names the instance and the nearest valid choice."""
+
+
+@dataclass(frozen=True)
+class InstanceSpec:
+    """One instance: a TP group (``pp`` of them in a pipeline) serving one phase.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        tp: tensor-parallel degree.
+        clock_mhz: locked SM clock at the start, and while no policy changes it.
+        weight: share of requests relative to the phase's other instances; > 0.
+        pp: pipeline stages. The engine runs an instance of pp stages as pp lanes of tp GPUs that share its weights' memory: a full
+            pipeline has pp batches under way, each as long as one pass through the model (no bubbles).
+    """
+
+    phase: Phase
+    tp: int
+    clock_mhz: int
+    weight: float = 1.0
+    pp: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the instance."""
+        return self.tp * self.pp
+
+    @property
+    def kind(self) -> tuple[str, int, int]:
+        """What must agree for an instance to go on under a new placement."""
+        return (self.phase, self.tp, self.pp)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The instances of a cluster, in order."""
+
+    instances: tuple[InstanceSpec, ...]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the instances take."""
+        return sum(spec.gpus for spec in self.instances)
+
+    def of(self, phase: Phase) -> tuple[InstanceSpec, ...]:
+        """The instances of one phase."""
+        return tuple(spec for spec in self.instances if spec.phase == phase)
+
+    def describe(self) -> str:
+        """Short form, e.g. ``2×P TP2@1410 + 3×D TP4@1005``."""
+        counts: dict[str, int] = {}
+        for spec in self.instances:
+            pipeline = f"·PP{spec.pp}" if spec.pp > 1 else ""
+            label = f"{spec.phase[0].upper()} TP{spec.tp}{pipeline}@{spec.clock_mhz}"
+            counts[label] = counts.get(label, 0) + 1
+        return " + ".join(f"{count}×{label}" for label, count in counts.items())
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What the engine runs: one TP group of an instance on a node."""
+
+    spec: InstanceSpec
+    node: int
+
+
+def check_placement(
+    placement: Placement,
+    degrees: Sequence[int],
+    nodes: int,
+    gpus_per_node: int,
+    phases: Sequence[Phase] = PHASES,
+) -> None:
+    """Whether a placement can be on a cluster.
+
+    Raises:
+        PlacementError: a phase without an instance, an unknown TP degree, a non-positive weight, or too many GPUs.
+    """
+    for number, spec in enumerate(placement.instances):
+        where = f"instance {number} ({spec.phase} TP{spec.tp})"
+        if spec.phase not in PHASES:
+            raise PlacementError(
+                f"instance {number}: unknown phase {spec.phase!r}; {nearest(spec.phase, list(PHASES))}"
+            )
+        if spec.tp not in degrees:
+            closest = min(degrees, key=lambda degree: abs(degree - spec.tp))
+            raise PlacementError(
+                f"{where}: TP {spec.tp} is not supported; the nearest is {closest} (valid: {list(degrees)})"
+            )
+        if spec.tp > gpus_per_node:
+            raise PlacementError(f"{where}: a TP group must fit on one node of {gpus_per_node} GPUs")
+        if spec.pp < 1:
+            raise PlacementError(f"{where}: pp must be at least 1, got {spec.pp}")
+        if not spec.weight > 0.0:
+            raise PlacementError(f"{where}: the routing weight must be positive, got {spec.weight}")
+    for phase in phases:
+        if not placement.of(phase):
+            raise PlacementError(
+                f"the placement {placement.describe() or '(empty)'} has no {phase} instance; add at least one"
+            )
+    if placement.gpus > nodes * gpus_per_node:
+        raise PlacementError(
+            f"the placement {placement.describe()} takes {placement.gpus} GPUs, the cluster has "
+            f"{nodes} nodes of {gpus_per_node} = {nodes * gpus_per_node}"
+        )
+
+
+def _pack(lanes: list[InstanceSpec], free: list[int]) -> list[int] | None:
+    """Nodes for lanes, best fit by decreasing TP; None where they do not fit. ``free`` is left as it was."""
+    left = list(free)
+    nodes = [0] * len(lanes)
+    for index in sorted(range(len(lanes)), key=lambda index: -lanes[index].tp):
+        able = [node for node in range(len(left)) if left[node] >= lanes[index].tp]
+        if not able:
+            return None
+        node = min(able, key=lambda node: (left[node], node))
+        left[node] -= lanes[index].tp
+        nodes[index] = node
+    return nodes
+
+
+def _lanes_of(specs: Sequence[InstanceSpec]) -> list[InstanceSpec]:
+    return [spec for spec in specs for _ in range(spec.pp)]
+
+
+def layout(placement: Placement, nodes: int, gpus_per_node: int) -> list[Lane]:
+    """The placement's lanes on nodes, in the placement's order.
+
+    Raises:
+        PlacementError: the TP groups do not fit on the nodes.
+    """
+    lanes = _lanes_of(placement.instances)
+    chosen = _pack(lanes, [gpus_per_node] * nodes)
+    if chosen is None:
+        raise PlacementError(
+            f"the TP groups of {placement.describe()} do not fit on {nodes} nodes of {gpus_per_node} GPUs"
+        )
+    return [Lane(spec, node) for spec, node in zip(lanes, chosen, strict=True)]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """From the running lanes to a new placement.
+
+    Attributes:
+        keep: (running lane's number, its new spec) of lanes that go on.
+        leave: running lanes that drain.
+        start: new lanes.
+    """
+
+    keep: tuple[tuple[int, InstanceSpec], ...]
+    leave: tuple[int, ...]
+    start: tuple[Lane, ...]
+
+
+def transition(running: Sequence[tuple[int, Lane]], placement: Placement, nodes: int, gpus_per_node: int) -> Transition:
+    """Keep as many running lanes as the nodes allow.
+
+    Args:
+        running: (number, lane) of the lanes that serve now.
+        placement: what shall serve.
+        nodes: nodes of the cluster.
+        gpus_per_node: GPUs of each.
+
+    Raises:
+        PlacementError: the new placement does not fit even on empty nodes.
+    """
+    wanted = _lanes_of(placement.instances)
+    keep: dict[int, InstanceSpec] = {}
+    places = dict(running)
+    for same_clock in (True, False):
+        for number, lane in running:
+            if number in keep:
+                continue
+            for spec in wanted:
+                if spec.kind == lane.spec.kind and (not same_clock or spec.clock_mhz == lane.spec.clock_mhz):
+                    keep[number] = spec
+                    wanted.remove(spec)
+                    break
+    while True:
+        free = [gpus_per_node] * nodes
+        for number in keep:
+            free[places[number].node] -= places[number].spec.tp
+        chosen = _pack(wanted, free)
+        if chosen is not None:
+            break
+        if not keep:
+            raise PlacementError(
+                f"the TP groups of {placement.describe()} do not fit on {nodes} nodes of {gpus_per_node} GPUs"
+            )
+        # Make room where a node is nearly free: give up the smallest lane there.
+        dropped = min(keep, key=lambda number: (-free[places[number].node], places[number].spec.tp, number))
+        wanted.append(keep.pop(dropped))
+    leave = tuple(number for number, _ in running if number not in keep)
+    start = tuple(Lane(spec, node) for spec, node in zip(wanted, chosen, strict=True))
+    return Transition(tuple(sorted(keep.items(), key=lambda item: item[0])), leave, start)

@@ -1,0 +1,28 @@
+"""Compiled clock policies: the one signature that the engine calls at every decision point.
+
+``policy(obs, memory, params, model) -> clock index``
+
+- ``obs`` float64[features.SIZE]: this decision's features (biscale_gym.cluster.features).
+- ``memory`` float64[MEMORY_SIZE]: private to the instance, zero at the start, part of every snapshot.
+- ``params`` float64[:]: the controller's settings.
+- ``model`` float64[:]: the compiled profile of the instance's class, as the controller believes it.
+
+The answer is an index into the run's ascending clock list. The engine is compiled once for the function *type* and cached
+on disk, so a new policy costs its own compilation only.
+"""
+
+from __future__ import annotations
+
+from numba import njit, types
+
+MEMORY_SIZE = 32
+
+_VECTOR = types.float64[::1]
+POLICY_SIGNATURE = types.int64(_VECTOR, _VECTOR, _VECTOR, _VECTOR)
+POLICY_TYPE = types.FunctionType(POLICY_SIGNATURE)
+
+
+@njit(POLICY_SIGNATURE, cache=True)
+def hold(obs, memory, params, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Keep the clock last asked for."""
+    return int(obs[3])

@@ -1,0 +1,218 @@
+"""Prefill instances: arrivals, first-come-first-served batches, whole prompts or chunks, first tokens."""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN201
+
+from __future__ import annotations
+
+import numpy as np
+
+from biscale_gym.cluster.decode import hand_to_decode, reject
+from biscale_gym.cluster.jit import engine_jit
+from biscale_gym.cluster.primitives import log_event, mark_dirty
+from biscale_gym.cluster.routing import route
+from biscale_gym.cluster.state import (
+    EV_ARRIVE,
+    EV_FINISH,
+    EV_PREFILL_END,
+    EV_PREFILL_START,
+    FINISHED,
+    HOLD,
+    PREFILL,
+    PREFILLING,
+    QUEUED,
+)
+
+
+@engine_jit
+def _enqueue(st, i, r):
+    g = st.glob[0]
+    inst = st.inst[i]
+    req = st.req[r]
+    req.prefill_instance = i
+    req.next = -1
+    if inst.queue_tail < 0:
+        inst.queue_head = r
+    else:
+        st.req[inst.queue_tail].next = r
+    inst.queue_tail = r
+    inst.queue_n += 1
+    inst.queue_tokens += req.prompt
+    if not inst.running:
+        mark_dirty(st, i)
+    elif g.mode_prefill != HOLD and g.ask_on_arrival:
+        inst.ask_arrival = 1
+        mark_dirty(st, i)
+
+
+@engine_jit
+def hand_to_prefill(st, r):
+    """Route a prompt, or put it in the common queue."""
+    g = st.glob[0]
+    req = st.req[r]
+    if req.prompt > g.largest_prefill_kv:
+        reject(st, r)
+        return
+    req.status = QUEUED
+    i = route(st, PREFILL, np.int64(req.prompt))
+    if i >= 0:
+        _enqueue(st, i, r)
+        return
+    req.next = -1
+    if g.pending_prefill_tail < 0:
+        g.pending_prefill_head = r
+    else:
+        st.req[g.pending_prefill_tail].next = r
+    g.pending_prefill_tail = r
+
+
+@engine_jit
+def arrive(st, r):
+    """Request r enters the cluster."""
+    g = st.glob[0]
+    req = st.req[r]
+    g.arrived += 1
+    log_event(st, EV_ARRIVE, -1, r)
+    decodes = not g.prefill_only and (req.output > 1 or g.extra_decode_iteration)
+    if g.arrivals_at_decode:
+        req.first_token_s = req.arrival_s
+        req.generated = 1
+        if decodes:
+            hand_to_decode(st, r)
+        else:
+            _finish(st, -1, r)
+        return
+    if decodes and np.int64(req.prompt) + np.int64(req.output) > g.largest_decode_kv:
+        reject(st, r)
+        return
+    hand_to_prefill(st, r)
+
+
+@engine_jit
+def _finish(st, i, r):
+    g = st.glob[0]
+    st.req[r].finish_s = g.now_s
+    st.req[r].status = FINISHED
+    g.finished += 1
+    log_event(st, EV_FINISH, i, r)
+
+
+@engine_jit
+def _append_to_batch(st, i, r):
+    inst = st.inst[i]
+    st.req[r].next = -1
+    if inst.batch_tail < 0:
+        inst.batch_head = r
+    else:
+        st.req[inst.batch_tail].next = r
+    inst.batch_tail = r
+    inst.batch_n += 1
+
+
+@engine_jit
+def form_prefill_batch(st, i):
+    """Take prompts from the queue by the batching rule; fill the ``iter_*`` fields. Returns whether there is a batch."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    budget = g.prefill_token_budget
+    tokens = np.int64(0)
+    sum_sq = 0.0
+    r = inst.chunk_request
+    if r >= 0:
+        req = st.req[r]
+        take = min(np.int64(req.prompt - req.done), budget)
+        sum_sq += np.float64(req.done + take) ** 2 - np.float64(req.done) ** 2
+        req.done += take
+        tokens += take
+        _append_to_batch(st, i, r)
+        if req.done == req.prompt:
+            inst.chunk_request = -1
+    while inst.queue_head >= 0 and inst.chunk_request < 0:
+        r = inst.queue_head
+        req = st.req[r]
+        prompt = np.int64(req.prompt)
+        if inst.kv_used + prompt > inst.kv_capacity:
+            break
+        take = prompt
+        if g.chunked_prefill:
+            take = min(prompt, budget - tokens)
+            if take <= 0:
+                break
+        elif inst.batch_n > 0 and tokens + prompt > budget:
+            break
+        inst.queue_head = req.next
+        if inst.queue_head < 0:
+            inst.queue_tail = -1
+        inst.queue_n -= 1
+        inst.queue_tokens -= prompt
+        inst.kv_used += prompt
+        req.done = take
+        req.prefill_start_s = g.now_s
+        req.status = PREFILLING
+        sum_sq += np.float64(take) ** 2
+        tokens += take
+        _append_to_batch(st, i, r)
+        if take < prompt:
+            inst.chunk_request = r
+    if inst.batch_n == 0:
+        return False
+    inst.iter_batch = 0.0
+    inst.iter_kv = 0.0
+    inst.iter_tokens = tokens
+    inst.iter_sum_sq = sum_sq
+    log_event(st, EV_PREFILL_START, i, inst.batch_n)
+    return True
+
+
+@engine_jit
+def end_prefill(st, i):
+    """First tokens are out; requests go on to decode."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    inst.prompt_tokens += np.int64(inst.iter_tokens)
+    log_event(st, EV_PREFILL_END, i, inst.batch_n)
+    r = inst.batch_head
+    inst.batch_head = -1
+    inst.batch_tail = -1
+    inst.batch_n = 0
+    while r >= 0:
+        req = st.req[r]
+        following = np.int64(req.next)
+        req.next = -1
+        if r != inst.chunk_request:
+            req.first_token_s = g.now_s
+            req.generated = 1
+            if g.prefill_only or (req.output == 1 and not g.extra_decode_iteration):
+                inst.kv_used -= req.prompt
+                _finish(st, i, r)
+            elif not hand_to_decode(st, r):
+                inst.kv_used -= req.prompt
+        r = following
+
+
+@engine_jit
+def return_queue(st, i):
+    """Hand the prompts that a draining instance has not begun back to the router, in order."""
+    inst = st.inst[i]
+    r = inst.queue_head
+    inst.queue_head = -1
+    inst.queue_tail = -1
+    inst.queue_n = 0
+    inst.queue_tokens = 0
+    while r >= 0:
+        following = np.int64(st.req[r].next)
+        hand_to_prefill(st, r)
+        r = following
+
+
+@engine_jit
+def route_pending_prefill(st):
+    """Try the common queue again: an instance became active."""
+    g = st.glob[0]
+    r = g.pending_prefill_head
+    g.pending_prefill_head = -1
+    g.pending_prefill_tail = -1
+    while r >= 0:
+        following = np.int64(st.req[r].next)
+        hand_to_prefill(st, r)
+        r = following

@@ -1,0 +1,146 @@
+"""Small compiled parts that every other part of the engine uses: the event tree, joules, random numbers, the log.
+
+An *entity* is a timer: nodes come first (their drivers' next stage), then deliveries by instance, then iterations by
+instance. The event tree is a tournament over them; equal times are won by the lower entity, which is the order of docs/cluster.md.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN201
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym.cluster.state import ACTIVE, BUSY, DRAINING, IDLE, LOADING, LOADING_WEIGHTS, SWITCHING
+
+
+@inline_jit
+def set_event(st, entity, time_s):
+    """Set an entity's timer (inf: none) and replay its matches up the tree."""
+    tree_s, tree_entity = st.tree_s, st.tree_entity
+    position = st.glob[0].leaves + entity
+    tree_s[position] = time_s
+    position >>= 1
+    while position > 0:
+        left = 2 * position
+        winner = left if tree_s[left] <= tree_s[left + 1] else left + 1
+        entity_before = tree_entity[position]
+        tree_entity[position] = tree_entity[winner]
+        tree_s[position] = tree_s[winner]
+        if entity_before != entity and tree_entity[position] != entity:
+            break
+        position >>= 1
+
+
+@inline_jit
+def iteration_entity(st, i):
+    """Timer of the end of instance i's iteration, its overrun, or its loading."""
+    g = st.glob[0]
+    return g.nodes + g.capacity + i
+
+
+@inline_jit
+def delivery_entity(st, i):
+    """Timer of the next KV delivery to instance i."""
+    return st.glob[0].nodes + i
+
+
+@inline_jit
+def accrue(st, i):
+    """Book instance i's joules and seconds up to now."""
+    inst = st.inst[i]
+    now_s = st.glob[0].now_s
+    elapsed_s = now_s - inst.last_s
+    if elapsed_s > 0.0:
+        inst.energy_j[inst.bucket] += inst.power_w * elapsed_s
+        inst.time_s[inst.bucket] += elapsed_s
+    inst.last_s = now_s
+
+
+@inline_jit
+def set_power(st, i, power_w, loading):
+    """From now on instance i (all its GPUs) draws ``power_w``; what it drew until now is booked."""
+    accrue(st, i)
+    inst = st.inst[i]
+    inst.power_w = power_w
+    if inst.in_service >= 0:
+        inst.bucket = SWITCHING
+    elif inst.running:
+        inst.bucket = BUSY
+    elif loading:
+        inst.bucket = LOADING_WEIGHTS
+    else:
+        inst.bucket = IDLE
+
+
+@engine_jit
+def accrue_unallocated(st):
+    """Book the idle power of GPUs that belong to no instance up to now."""
+    g = st.glob[0]
+    free = max(0, g.gpus - g.gpus_allocated)
+    g.unallocated_j += free * g.unallocated_w_per_gpu * (g.now_s - g.unallocated_last_s)
+    g.unallocated_last_s = g.now_s
+
+
+@engine_jit
+def accrue_all(st):
+    """Book everything up to now, so that the ledger can be read."""
+    for i in range(st.glob[0].instances):
+        if st.inst[i].status in (LOADING, ACTIVE, DRAINING):
+            accrue(st, i)
+    accrue_unallocated(st)
+
+
+@inline_jit
+def mark_dirty(st, i):
+    """Wake instance i at the end of this instant."""
+    inst = st.inst[i]
+    if inst.dirty == 0:
+        inst.dirty = 1
+        g = st.glob[0]
+        tail = g.dirty_next + g.dirty_n
+        if tail >= g.capacity:
+            tail -= g.capacity
+        st.dirty[tail] = i
+        g.dirty_n += 1
+
+
+@inline_jit
+def log_event(st, kind, instance, subject):
+    """Append to the event log while it has room."""
+    g = st.glob[0]
+    if g.log_n < st.log.shape[0]:
+        event = st.log[g.log_n]
+        event.time_s = g.now_s
+        event.kind = kind
+        event.instance = instance
+        event.subject = subject
+        g.log_n += 1
+
+
+@engine_jit
+def splitmix64(x):
+    """One step of the SplitMix64 generator (Steele, Lea, Flood 2014): (next state, 64 random bits)."""
+    x = np.uint64(x + np.uint64(0x9E3779B97F4A7C15))
+    z = x
+    z = np.uint64((z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
+    z = np.uint64((z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
+    return x, np.uint64(z ^ (z >> np.uint64(31)))
+
+
+@engine_jit
+def uniform(x):
+    """(next state, a double in (0, 1])."""
+    x, bits = splitmix64(x)
+    return x, (np.float64(bits >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)
+
+
+@engine_jit
+def lognormal(x, median, sigma):
+    """(next state, a draw with this median and log-space deviation), by Box and Muller; two uniforms a draw."""
+    x, u = uniform(x)
+    x, v = uniform(x)
+    return x, median * math.exp(sigma * math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * v))

@@ -1,0 +1,186 @@
+"""Which instance takes a request: weighted round robin, least loaded, shortest queue, power of two choices."""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN001, ANN201
+
+from __future__ import annotations
+
+import numpy as np
+
+from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym.cluster.primitives import uniform
+from biscale_gym.cluster.state import ACTIVE, LEAST_LOADED, POWER_OF_TWO, PREFILL, SHORTEST_QUEUE, WEIGHTED_ROUND_ROBIN
+
+
+@inline_jit
+def _before(st, a, b):
+    pass_a, pass_b = st.inst[a].route_pass, st.inst[b].route_pass
+    return pass_a < pass_b or (pass_a == pass_b and a < b)
+
+
+@engine_jit
+def _sift_down(st, heap, n, position):
+    moved = heap[position]
+    while True:
+        child = 2 * position + 1
+        if child >= n:
+            break
+        if child + 1 < n and _before(st, heap[child + 1], heap[child]):
+            child += 1
+        if not _before(st, heap[child], moved):
+            break
+        heap[position] = heap[child]
+        position = child
+    heap[position] = moved
+
+
+@engine_jit
+def _sift_up(st, heap, position):
+    moved = heap[position]
+    while position > 0:
+        parent = (position - 1) // 2
+        if not _before(st, moved, heap[parent]):
+            break
+        heap[position] = heap[parent]
+        position = parent
+    heap[position] = moved
+
+
+@engine_jit
+def _size(st, phase):
+    g = st.glob[0]
+    return g.route_n_prefill if phase == PREFILL else g.route_n_decode
+
+
+@engine_jit
+def _resize(st, phase, by):
+    g = st.glob[0]
+    if phase == PREFILL:
+        g.route_n_prefill += by
+    else:
+        g.route_n_decode += by
+
+
+@engine_jit
+def router_add(st, i):
+    """Instance i takes requests from now on; it starts level with the least served of its phase."""
+    inst = st.inst[i]
+    heap = st.route_heap[inst.phase]
+    n = _size(st, inst.phase)
+    inst.route_pass = st.inst[heap[0]].route_pass if n > 0 else 0.0
+    heap[n] = i
+    _resize(st, inst.phase, 1)
+    _sift_up(st, heap, n)
+
+
+@engine_jit
+def router_remove(st, i):
+    """Instance i takes no more requests."""
+    phase = st.inst[i].phase
+    heap = st.route_heap[phase]
+    n = _size(st, phase)
+    for position in range(n):
+        if heap[position] == i:
+            heap[position] = heap[n - 1]
+            _resize(st, phase, -1)
+            if position < n - 1:
+                _sift_down(st, heap, n - 1, position)
+                _sift_up(st, heap, position)
+            return
+
+
+@inline_jit
+def _can_hold(st, i, tokens):
+    inst = st.inst[i]
+    return inst.status == ACTIVE and inst.kv_capacity >= tokens
+
+
+@engine_jit
+def _weighted_round_robin(st, phase, tokens):
+    """Stride scheduling: the least pass goes first and is raised by 1/weight."""
+    heap = st.route_heap[phase]
+    n = _size(st, phase)
+    best = -1
+    if n > 0 and _can_hold(st, heap[0], tokens):
+        best = 0
+    else:
+        for position in range(n):
+            if _can_hold(st, heap[position], tokens) and (best < 0 or _before(st, heap[position], heap[best])):
+                best = position
+    if best < 0:
+        return -1
+    chosen = heap[best]
+    st.inst[chosen].route_pass += 1.0 / st.inst[chosen].weight
+    _sift_down(st, heap, n, best)
+    return chosen
+
+
+@engine_jit
+def _load(st, i, router):
+    inst = st.inst[i]
+    if router == SHORTEST_QUEUE:
+        return inst.queue_n
+    if inst.phase == PREFILL:
+        running = inst.batch_n
+        if running == 0 and inst.chunk_request >= 0:
+            running = 1
+        return inst.queue_n + running
+    if st.glob[0].decode_load_counts_running:
+        return inst.queue_n + inst.transit_n + inst.run_n
+    return inst.queue_n
+
+
+@engine_jit
+def _least(st, phase, tokens, router):
+    best = -1
+    least = np.int64(0)
+    for i in range(st.glob[0].instances):
+        if st.inst[i].phase == phase and _can_hold(st, i, tokens):
+            load = _load(st, i, router)
+            if best < 0 or load < least:
+                best, least = i, load
+    return best
+
+
+@engine_jit
+def _pick_random(st, phase, tokens, able, other):
+    """The k-th able instance (k uniform over ``able`` of them), never ``other``."""
+    g = st.glob[0]
+    g.rng_routing, u = uniform(g.rng_routing)
+    k = min(able - 1, int(u * able))
+    for i in range(g.instances):
+        if st.inst[i].phase == phase and i != other and _can_hold(st, i, tokens):
+            if k == 0:
+                return i
+            k -= 1
+    return -1
+
+
+@engine_jit
+def _power_of_two(st, phase, tokens):
+    able = 0
+    for i in range(st.glob[0].instances):
+        if st.inst[i].phase == phase and _can_hold(st, i, tokens):
+            able += 1
+    if able == 0:
+        return -1
+    first = _pick_random(st, phase, tokens, able, -1)
+    if able == 1:
+        return first
+    second = _pick_random(st, phase, tokens, able - 1, first)
+    load_first, load_second = _load(st, first, LEAST_LOADED), _load(st, second, LEAST_LOADED)
+    if load_second < load_first or (load_second == load_first and second < first):
+        return second
+    return first
+
+
+@engine_jit
+def route(st, phase, tokens):
+    """The active instance of a phase that takes a request of ``tokens`` KV tokens; -1 where none can."""
+    g = st.glob[0]
+    router = g.router_prefill if phase == PREFILL else g.router_decode
+    if router == WEIGHTED_ROUND_ROBIN:
+        return _weighted_round_robin(st, phase, tokens)
+    if router == POWER_OF_TWO:
+        return _power_of_two(st, phase, tokens)
+    return _least(st, phase, tokens, router)

@@ -1,0 +1,449 @@
+"""The modelled cluster's Python face: build a state, run it, re-place it, read its ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from biscale_gym.cluster import engine
+from biscale_gym.cluster.clocks import ask_clock
+from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger, read_instances, read_requests
+from biscale_gym.cluster.placement import PHASES, Lane, Phase, Placement, check_placement, layout, transition
+from biscale_gym.cluster.policy import hold
+from biscale_gym.cluster.primitives import accrue_all
+from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.cluster.state import (
+    ACTIVE,
+    AWAITING_GPUS,
+    COMPILED,
+    DECODE,
+    EXTERNAL,
+    HOLD,
+    LOADING,
+    PREFILL,
+    ROUTERS,
+    State,
+    copy_state,
+    empty_state,
+    restore_state,
+)
+from biscale_gym.config import load_preset
+from biscale_gym.profiles import Profile
+from biscale_gym.profiles.kernels import idle_power_w
+from biscale_gym.profiles.settings import SwitchingSettings, TransferSettings
+from biscale_gym.traces import Trace
+
+Vector = npt.NDArray[np.float64]
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be built or driven so; the message names the place and the nearest valid choice."""
+
+
+class PolicyError(ClusterError):
+    """A policy that failed, or answered with a clock that does not exist."""
+
+
+@dataclass(frozen=True)
+class PhasePolicy:
+    """A compiled policy for one phase's instances, and when it wants to be asked.
+
+    Attributes:
+        function: compiled with ``policy.POLICY_SIGNATURE``; None: the caller decides (stepwise).
+        params: float64[:], handed to every call.
+        on_arrival: ask when a prompt joins the queue of a running prefill instance.
+        on_overrun: ask when an iteration overruns its prediction.
+        on_idle: ask when an instance has nothing to run.
+    """
+
+    function: Any = None
+    params: Vector = field(default_factory=lambda: np.zeros(1))
+    on_arrival: bool = False
+    on_overrun: bool = False
+    on_idle: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision that the caller must take.
+
+    Attributes:
+        instance: number of the instance that asks.
+        phase: its phase.
+        reason: features.BOUNDARY, ARRIVAL, OVERRUN or IDLE.
+        obs: float64[features.SIZE], a copy.
+    """
+
+    instance: int
+    phase: Phase
+    reason: int
+    obs: Vector
+
+
+def lowest_idle_power_w(profile: Profile) -> float:
+    """Power of a GPU that belongs to no instance: idle at the card's lowest clock [W]."""
+    vector = profile.compile(profile.tensor_parallel_degrees[0], profile.clocks_mhz[:1], 1)
+    return float(idle_power_w(vector, 0))
+
+
+class Simulator:
+    """One modelled cluster serving one trace.
+
+    Args:
+        settings: the cluster.
+        profile: what iterations truly cost.
+        placement: the instances at the start.
+        trace: the requests.
+        clocks_mhz: ascending list of the clocks that may occur.
+        slo: told to policies; nothing else depends on it.
+        seed: of clock-switch durations and random routing.
+        predicted: what controllers believe iterations cost; the truth if None.
+        only: serve a single phase ("prefill": requests are finished at their first token; "decode": they arrive with their
+            first token out and their KV at hand).
+        log_events: keep so many events for ``events``.
+        capacity: room for so many lanes, those of later placements included (it grows on demand).
+
+    Raises:
+        PlacementError, ProfileError, ClusterError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        profile: Profile,
+        placement: Placement,
+        trace: Trace,
+        clocks_mhz: Sequence[int],
+        slo: SloSettings,
+        seed: int | np.random.SeedSequence = 0,
+        predicted: Profile | None = None,
+        only: Phase | None = None,
+        log_events: int = 0,
+        capacity: int = 0,
+    ) -> None:
+        self.settings = settings
+        self.profile = profile
+        self.clocks_mhz = tuple(sorted(set(clocks_mhz)))
+        self._predicted = predicted
+        self._phases: tuple[Phase, ...] = PHASES if only is None else (only,)
+        self._prefill = PhasePolicy(function=hold)
+        self._decode = PhasePolicy(function=hold)
+        self._lanes: dict[int, Lane] = {}
+        self._model_spans: dict[int, tuple[int, int]] = {}
+        self._predicted_spans: dict[int, tuple[int, int]] = {}
+        check_placement(
+            placement, profile.tensor_parallel_degrees, settings.nodes, settings.gpus_per_node, self._phases
+        )
+        lanes = layout(placement, settings.nodes, settings.gpus_per_node)
+        self.state = empty_state(
+            len(trace), settings.nodes, max(capacity, len(lanes)), settings.batching.max_decode_sequences, log_events
+        )
+        self._fill_requests(trace)
+        self._fill_globals(slo, seed, only)
+        for lane in lanes:
+            self._add_lane(lane)
+        self._set_largest()
+        for number in range(len(lanes)):
+            engine.place_at_once(self.state, number)
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _fill_requests(self, trace: Trace) -> None:
+        req = self.state.req
+        req["arrival_s"], req["prompt"], req["output"] = trace.arrival_s, trace.prompt_tokens, trace.output_tokens
+
+    def _fill_globals(self, slo: SloSettings, seed: int | np.random.SeedSequence, only: Phase | None) -> None:
+        settings, glob = self.settings, self.state.glob[0]
+        batching, routing = settings.batching, settings.routing
+        glob["prefill_token_budget"] = batching.prefill_token_budget
+        glob["chunked_prefill"] = batching.chunked_prefill
+        glob["max_decode_sequences"] = batching.max_decode_sequences
+        glob["full_admission"] = batching.decode_admission == "full"
+        glob["preempt"] = batching.preemption == "recompute" and batching.decode_admission == "current"
+        glob["extra_decode_iteration"] = batching.decode_iterations == "output-length"
+        glob["arrivals_at_decode"] = only == "decode"
+        glob["prefill_only"] = only == "prefill"
+        glob["router_prefill"] = ROUTERS.index(routing.prefill)
+        glob["router_decode"] = ROUTERS.index(routing.decode)
+        glob["decode_load_counts_running"] = routing.decode_load == "requests"
+        glob["ttft_slo_s"], glob["tpot_slo_s"] = slo.ttft_s, slo.tpot_s
+        glob["overrun_margin"] = settings.overrun_margin
+        glob["prediction_is_exact"] = self._predicted is None
+        glob["clocks"] = len(self.clocks_mhz)
+        switching = load_preset(SwitchingSettings, "switching", settings.switching)
+        glob["switch_median_s"] = switching.median_ms * 1e-3
+        glob["switch_sigma"] = switching.sigma
+        glob["settle_s"] = switching.settle_ms * 1e-3
+        transfer = load_preset(TransferSettings, "transfer", settings.transfer)
+        glob["transfer_latency_s"] = transfer.launch_latency_s
+        glob["kv_bytes_per_token"] = self.profile.kv_bytes_per_token
+        glob["bytes_per_s_within_node"] = transfer.bytes_per_s(1, 1, True)
+        glob["bytes_per_s_between_nodes"] = transfer.bytes_per_s(1, 1, False)
+        streams = np.random.SeedSequence(seed) if isinstance(seed, int) else seed
+        glob["rng_switching"], glob["rng_routing"] = streams.generate_state(2, np.uint64)
+        glob["gpus"] = settings.gpus
+        glob["unallocated_w_per_gpu"] = lowest_idle_power_w(self.profile)
+        self.state.node["free_gpus"] = settings.gpus_per_node
+
+    def _span(self, tp: int, believed: bool) -> tuple[int, int]:
+        """Where the compiled profile of a TP degree lies in ``models`` (or ``predicted``), compiling it when first needed."""
+        spans = self._predicted_spans if believed else self._model_spans
+        if tp not in spans:
+            profile = self._predicted if believed and self._predicted is not None else self.profile
+            vector = profile.compile(tp, self.clocks_mhz, self.settings.batching.max_decode_sequences)
+            name = "predicted" if believed else "models"
+            present = getattr(self.state, name) if spans else np.zeros(0)
+            spans[tp] = (len(present), len(present) + len(vector))
+            self.state = self.state._replace(**{name: np.concatenate([present, vector])})
+        return spans[tp]
+
+    def _kv_capacity(self, lane: Lane) -> int:
+        spec, batching = lane.spec, self.settings.batching
+        forced = batching.prefill_kv_tokens if spec.phase == "prefill" else batching.decode_kv_tokens
+        if forced is not None:
+            return forced
+        tokens = self.profile.kv_capacity_for(spec.phase, spec.tp, spec.pp) // spec.pp
+        if tokens <= 0:
+            fitting = [
+                tp
+                for tp in self.profile.tensor_parallel_degrees
+                if self.profile.kv_capacity_for(spec.phase, tp, spec.pp) > 0
+            ]
+            raise ClusterError(
+                f"{self.profile.model_name} in {self.profile.precision} does not fit a {spec.phase} instance of TP{spec.tp}; "
+                f"TP degrees that do: {fitting}"
+            )
+        return tokens
+
+    def clock_index(self, clock_mhz: int) -> int:
+        """Position of a clock in the run's list.
+
+        Raises:
+            ClusterError: the run has no such clock; the nearest is named.
+        """
+        if clock_mhz not in self.clocks_mhz:
+            closest = min(self.clocks_mhz, key=lambda clock: abs(clock - clock_mhz))
+            raise ClusterError(
+                f"the run has no clock {clock_mhz} MHz; the nearest is {closest} (valid: {list(self.clocks_mhz)})"
+            )
+        return self.clocks_mhz.index(clock_mhz)
+
+    def _add_lane(self, lane: Lane) -> int:
+        number = int(self.state.glob[0]["instances"])
+        if number == len(self.state.inst):
+            self._grow()
+        spec = lane.spec
+        capacity_tokens = self._kv_capacity(lane)
+        span, believed = self._span(spec.tp, False), self._span(spec.tp, True)
+        inst = self.state.inst[number]
+        inst["phase"] = PREFILL if spec.phase == "prefill" else DECODE
+        inst["tp"], inst["node"] = spec.tp, lane.node
+        inst["model_start"], inst["model_stop"] = span
+        inst["predicted_start"], inst["predicted_stop"] = believed
+        inst["kv_capacity"] = capacity_tokens
+        inst["weight"] = spec.weight / spec.pp
+        inst["clock"] = inst["target"] = self.clock_index(spec.clock_mhz)
+        replacement = self.settings.replacement
+        inst["load_s"] = (
+            self.profile.weight_bytes / (spec.tp * spec.pp * replacement.load_gb_per_s * 1e9) + replacement.start_s
+        )
+        inst["load_extra_w"] = replacement.start_power_w
+        self.state.glob[0]["instances"] = number + 1
+        self._lanes[number] = lane
+        return number
+
+    def _grow(self) -> None:
+        """Twice the room for lanes; every running timer is carried over."""
+        old = self.state
+        nodes, held = len(old.node), len(old.inst)
+        new = empty_state(0, nodes, 2 * held, old.run_heap.shape[1])
+        old_leaves, new_leaves = len(old.tree_s) // 2, len(new.tree_s) // 2
+        old_times = old.tree_s[old_leaves:]
+        leaves = new.tree_s[new_leaves:]
+        leaves[: nodes + held] = old_times[: nodes + held]
+        leaves[nodes + 2 * held : nodes + 3 * held] = old_times[nodes + held : nodes + 2 * held]
+        for position in range(new_leaves - 1, 0, -1):
+            left = 2 * position
+            winner = left if new.tree_s[left] <= new.tree_s[left + 1] else left + 1
+            new.tree_s[position], new.tree_entity[position] = new.tree_s[winner], new.tree_entity[winner]
+        for name in ("inst", "run_heap", "memory"):
+            getattr(new, name)[:held] = getattr(old, name)
+        new.route_heap[:, :held] = old.route_heap
+        head = int(old.glob[0]["dirty_next"])
+        new.dirty[:held] = np.roll(old.dirty, -head)
+        glob = old.glob
+        glob["dirty_next"], glob["capacity"], glob["leaves"] = 0, 2 * held, new_leaves
+        self.state = old._replace(
+            glob=glob,
+            inst=new.inst,
+            tree_s=new.tree_s,
+            tree_entity=new.tree_entity,
+            run_heap=new.run_heap,
+            route_heap=new.route_heap,
+            dirty=new.dirty,
+            memory=new.memory,
+        )
+
+    def _set_largest(self) -> None:
+        """Greatest KV capacity of the placement by phase: what fits nowhere is rejected."""
+        inst = self.state.inst
+        serving = np.isin(inst["status"], (AWAITING_GPUS, LOADING, ACTIVE))
+        if not serving.any():
+            serving = np.arange(len(inst)) < len(self._lanes)
+        for phase, name in ((PREFILL, "largest_prefill_kv"), (DECODE, "largest_decode_kv")):
+            self.state.glob[0][name] = inst["kv_capacity"][serving & (inst["phase"] == phase)].max(initial=0)
+
+    # -- driving -------------------------------------------------------------------------------------------------------
+
+    def set_policies(self, prefill: PhasePolicy | None, decode: PhasePolicy | None) -> None:
+        """Who decides clocks from now on; None holds each instance's clock."""
+        glob = self.state.glob[0]
+
+        def mode(policy: PhasePolicy | None) -> int:
+            if policy is None:
+                return HOLD
+            return EXTERNAL if policy.function is None else COMPILED
+
+        glob["mode_prefill"], glob["mode_decode"] = mode(prefill), mode(decode)
+        self._prefill = prefill if prefill is not None and prefill.function is not None else PhasePolicy(function=hold)
+        self._decode = decode if decode is not None and decode.function is not None else PhasePolicy(function=hold)
+        glob["ask_on_arrival"] = prefill is not None and prefill.on_arrival
+        glob["ask_on_overrun_prefill"] = prefill is not None and prefill.on_overrun
+        glob["ask_on_overrun_decode"] = decode is not None and decode.on_overrun
+        glob["ask_on_idle_prefill"] = prefill is not None and prefill.on_idle
+        glob["ask_on_idle_decode"] = decode is not None and decode.on_idle
+        self.state = self.state._replace(
+            params_prefill=np.ascontiguousarray(self._prefill.params, dtype=np.float64),
+            params_decode=np.ascontiguousarray(self._decode.params, dtype=np.float64),
+        )
+
+    def run(self, until_s: float = np.inf, answer: int = engine.NO_ANSWER) -> Decision | None:
+        """Run to the next decision of the caller's (returned), or to ``until_s`` or the end (None).
+
+        Events at exactly ``until_s`` have not happened yet.
+
+        Args:
+            until_s: where to stop.
+            answer: clock index for the decision that the previous call returned.
+
+        Raises:
+            PolicyError: a policy raised, or answered with a clock that does not exist.
+        """
+        try:
+            reached = engine.advance(self.state, self._prefill.function, self._decode.function, until_s, answer)
+        except Exception as error:
+            raise PolicyError(f"a clock policy failed at {self.now_s:.6f} s: {error!r}") from error
+        glob = self.state.glob[0]
+        if reached == engine.BAD_ANSWER:
+            number = int(glob["pending_instance"])
+            raise PolicyError(
+                f"the {self._phase_of(number)} policy answered clock {int(glob['bad_answer'])} for instance {number} "
+                f"at {self.now_s:.6f} s; valid: 0 to {len(self.clocks_mhz) - 1} ({list(self.clocks_mhz)} MHz)"
+            )
+        if reached != engine.DECISION:
+            return None
+        number = int(glob["pending_instance"])
+        return Decision(number, self._phase_of(number), int(glob["pending_reason"]), self.state.obs.copy())
+
+    def _phase_of(self, number: int) -> Phase:
+        return "prefill" if self.state.inst[number]["phase"] == PREFILL else "decode"
+
+    def set_clock(self, number: int, clock: int) -> None:
+        """Ask for a clock (an index) on an instance now, outside any decision point."""
+        if not 0 <= clock < len(self.clocks_mhz):
+            raise PolicyError(
+                f"clock index {clock} is outside 0 to {len(self.clocks_mhz) - 1} ({list(self.clocks_mhz)} MHz)"
+            )
+        ask_clock(self.state, number, clock)
+
+    def reconfigure(self, placement: Placement) -> None:
+        """Change the placement now (docs/cluster.md, Windows and re-placement)."""
+        settings = self.settings
+        check_placement(
+            placement, self.profile.tensor_parallel_degrees, settings.nodes, settings.gpus_per_node, self._phases
+        )
+        status = self.state.inst["status"]
+        running = [
+            (number, lane) for number, lane in self._lanes.items() if status[number] in (AWAITING_GPUS, LOADING, ACTIVE)
+        ]
+        change = transition(running, placement, settings.nodes, settings.gpus_per_node)
+        started = [self._add_lane(lane) for lane in change.start]
+        for number in change.leave:
+            engine.retire(self.state, number)
+        at_once = settings.replacement.mode == "instant"
+        for number in started:
+            if at_once:
+                engine.place_at_once(self.state, number)
+            else:
+                self.state.inst[number]["status"] = AWAITING_GPUS
+        self._set_largest()
+        for number, spec in change.keep:
+            self._lanes[number] = Lane(spec, self._lanes[number].node)
+            self.state.inst[number]["weight"] = spec.weight / spec.pp
+            self._apply_base_clock(number, self.clock_index(spec.clock_mhz))
+        engine.route_common_queues(self.state)
+        for number in change.leave:
+            engine.return_requests(self.state, number)
+        for node in range(settings.nodes):
+            engine.start_waiting_instances(self.state, node)
+
+    def _apply_base_clock(self, number: int, clock: int) -> None:
+        """Where nobody decides, a kept instance moves to its new base clock."""
+        glob = self.state.glob[0]
+        mode = glob["mode_prefill"] if self.state.inst[number]["phase"] == PREFILL else glob["mode_decode"]
+        if mode == HOLD:
+            ask_clock(self.state, number, clock)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def now_s(self) -> float:
+        """The engine's time."""
+        return float(self.state.glob[0]["now_s"])
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Every lane that ever was, in instance order."""
+        return tuple(self._lanes.values())
+
+    def requests(self) -> RequestLedger:
+        """The requests' ledger (a copy)."""
+        return read_requests(self.state)
+
+    def instances(self) -> InstanceLedger:
+        """The instances' ledger up to now (a copy)."""
+        accrue_all(self.state)
+        return read_instances(self.state)
+
+    def counts(self) -> dict[str, int]:
+        """Requests that arrived, finished, were rejected, and are in flight."""
+        glob = self.state.glob[0]
+        arrived, finished, rejected = (int(glob[name]) for name in ("arrived", "finished", "rejected"))
+        return {
+            "arrived": arrived,
+            "finished": finished,
+            "rejected": rejected,
+            "in_flight": arrived - finished - rejected,
+        }
+
+    @property
+    def events(self) -> npt.NDArray[Any]:
+        """The logged events, in order (state.EVENT)."""
+        return self.state.log[: int(self.state.glob[0]["log_n"])].copy()
+
+    def snapshot(self) -> tuple[State, dict[int, Lane]]:
+        """An exact copy of everything that a run changes."""
+        return copy_state(self.state), dict(self._lanes)
+
+    def restore(self, snapshot: tuple[State, dict[int, Lane]]) -> None:
+        """Go back to a snapshot of this simulator; it stays usable."""
+        saved, lanes = snapshot
+        if any(a.shape != b.shape for a, b in zip(saved, self.state, strict=True)):
+            self.state = copy_state(saved)
+        else:
+            restore_state(self.state, saved)
+        self._lanes = dict(lanes)

@@ -1,0 +1,122 @@
+"""What a controller is, and how one is found by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from biscale_gym.cluster.placement import Placement
+from biscale_gym.cluster.simulator import ClusterError, PhasePolicy
+from biscale_gym.config import nearest
+from biscale_gym.control.scenario import ScenarioSettings
+from biscale_gym.profiles import Profile
+from biscale_gym.traces import Trace
+
+ENTRY_POINTS = "biscale_gym.controllers"
+
+
+class ControllerError(ValueError):
+    """A controller that cannot be found or used; the message names the nearest valid one."""
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a controller knows when it plans a window.
+
+    Attributes:
+        scenario: cluster, SLO, clocks, window length.
+        profile: what the controller believes iterations cost.
+        training: the training split of the workload, never the evaluated part.
+        mean_rate_rps: the operator's estimate of the run's mean rate, known before it.
+        history_rps: mean arrival rate of each window so far; empty before the first.
+        previous: the placement that serves now, None before the first.
+        clocks_mhz: the run's ascending clock list; policies answer with indices into it.
+    """
+
+    scenario: ScenarioSettings
+    profile: Profile
+    training: Trace
+    mean_rate_rps: float
+    history_rps: tuple[float, ...] = ()
+    previous: Placement | None = None
+    clocks_mhz: tuple[int, ...] = ()
+
+    @property
+    def last_rate_rps(self) -> float:
+        """Mean rate of the last window; the operator's estimate before there is one."""
+        return self.history_rps[-1] if self.history_rps else self.mean_rate_rps
+
+    def clock_index(self, clock_mhz: int) -> int:
+        """Position of a clock in the run's list.
+
+        Raises:
+            ClusterError: the run has no such clock; the nearest is named.
+        """
+        if clock_mhz not in self.clocks_mhz:
+            closest = min(self.clocks_mhz, key=lambda clock: abs(clock - clock_mhz))
+            raise ClusterError(f"the run has no clock {clock_mhz} MHz; the nearest is {closest}")
+        return self.clocks_mhz.index(clock_mhz)
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """Decides placements (tier 1) and clocks (tier 2).
+
+    Attributes:
+        name: as in tables.
+        replan_s: re-plan the placement so often; None: once, before the run.
+    """
+
+    name: str
+    replan_s: float | None
+
+    def plan(self, context: PlanContext) -> Placement:
+        """The placement from now on."""
+        ...
+
+    def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
+        """Clock policies of prefill and decode; None holds each instance's planned clock."""
+        ...
+
+
+def controller_names() -> list[str]:
+    """Names of the installed controllers, sorted."""
+    return sorted(point.name for point in entry_points(group=ENTRY_POINTS))
+
+
+def find_controller(name: str) -> Callable[..., Any]:
+    """The class of a controller: an installed name, or ``module:Class``.
+
+    Raises:
+        ControllerError: no such controller; the nearest is named.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            loaded: Callable[..., Any] = point.load()
+            return loaded
+    if ":" not in name:
+        raise ControllerError(f"no controller {name!r}; {nearest(name, controller_names())}, or module:Class")
+    module, _, attribute = name.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ControllerError(f"controller {name!r} cannot be loaded: {error}") from error
+    return found
+
+
+def make_controller(name: str, settings: dict[str, Any] | None = None) -> Controller:
+    """An instance of a controller, with keyword settings.
+
+    Raises:
+        ControllerError: no such controller, or it does not take these settings.
+    """
+    try:
+        controller = find_controller(name)(**(settings or {}))
+    except TypeError as error:
+        raise ControllerError(f"controller {name!r}: {error}") from error
+    if not isinstance(controller, Controller):
+        raise ControllerError(f"{name!r} is no controller: it needs name, replan_s, plan() and policies()")
+    return controller

@@ -1,0 +1,253 @@
+"""One run: a controller serves a trace on the modelled cluster, window by window, and its figures come back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from biscale_gym.cluster.ledger import InstanceLedger
+from biscale_gym.cluster.placement import Lane, Placement
+from biscale_gym.cluster.simulator import Simulator
+from biscale_gym.cluster.state import PREFILL
+from biscale_gym.config import Settings, config_hash
+from biscale_gym.control.controllers import Controller, PlanContext, make_controller
+from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.workload import Requests, requests_for
+from biscale_gym.metrics import Counted, measure
+from biscale_gym.profiles import Profile, load_profile
+
+FloatArray = npt.NDArray[np.float64]
+TIMELINE_SAMPLES = 900
+
+
+class RunJob(Settings):
+    """Everything that names a run.
+
+    Attributes:
+        scenario: preset or path.
+        controller: installed name or ``module:Class``.
+        seed: of the generated trace and of the cluster's random numbers.
+        trace: a recorded trace instead of the scenario's workload.
+        rate_rps: another mean rate.
+        split: which part of the workload is played; None: test for a generated workload, all of a recorded one.
+        overrides: scenario settings replaced, dotted.
+        controller_settings: the controller's keyword settings.
+    """
+
+    scenario: str
+    controller: str
+    seed: int = 0
+    trace: str | None = None
+    rate_rps: float | None = None
+    split: str | None = None
+    overrides: dict[str, Any] = {}
+    controller_settings: dict[str, Any] = {}
+
+    @property
+    def played_split(self) -> str:
+        """The split that is played."""
+        return self.split or ("test" if self.trace is None else "all")
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run gave.
+
+    Attributes:
+        row: figures by name, with scenario, controller, seed and split.
+        action_digest: of every placement and clock that was asked for.
+        provenance: resolved configuration and its hash, trace name and hash, placements by window.
+        timeline: arrays over time and instance: time_s[T], clock_mhz[T, I], queue[T, I], batch[T, I], power_w[T, I] (NaN while
+            an instance is not there), label[I].
+        ttft_s, tpot_s: of the judged requests.
+    """
+
+    row: dict[str, float | int | str]
+    action_digest: str
+    provenance: dict[str, Any]
+    timeline: dict[str, npt.NDArray[Any]]
+    ttft_s: FloatArray
+    tpot_s: FloatArray
+
+
+@dataclass
+class Timeline:
+    """Samples of every instance's state at fixed times."""
+
+    time_s: list[float] = field(default_factory=list)
+    samples: list[npt.NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, simulator: Simulator) -> None:
+        """Sample now: columns clock MHz, queue, batch, power W; one row per lane."""
+        inst = simulator.state.inst[: len(simulator.lanes)]
+        present = np.isfinite(inst["gone_s"])
+        sample = np.empty((len(inst), 4))
+        sample[:, 0] = np.asarray(simulator.clocks_mhz)[inst["clock"]]
+        sample[:, 1] = inst["queue_n"]
+        sample[:, 2] = np.where(inst["phase"] == PREFILL, inst["batch_n"], inst["run_n"])
+        sample[:, 3] = inst["power_w"]
+        sample[present] = np.nan
+        self.time_s.append(simulator.now_s)
+        self.samples.append(sample)
+
+    def arrays(self, lanes: tuple[Lane, ...]) -> dict[str, npt.NDArray[Any]]:
+        """All samples as arrays over (time, lane)."""
+        stacked = np.full((len(self.samples), len(lanes), 4), np.nan)
+        for number, sample in enumerate(self.samples):
+            stacked[number, : len(sample)] = sample
+        labels = [f"{lane.spec.phase} {number} TP{lane.spec.tp}" for number, lane in enumerate(lanes)]
+        return {
+            "time_s": np.asarray(self.time_s),
+            "clock_mhz": stacked[..., 0],
+            "queue": stacked[..., 1],
+            "batch": stacked[..., 2],
+            "power_w": stacked[..., 3],
+            "label": np.asarray(labels),
+        }
+
+
+class Rollout:
+    """A controller, a scenario and a trace, ready to be run.
+
+    Args:
+        controller: decides placements and clocks.
+        scenario: what is served, where, under which SLO.
+        requests: the trace, and what planners learn from.
+        seed: of the cluster's random numbers.
+        profile: what iterations truly cost; the scenario's if None.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        scenario: ScenarioSettings,
+        requests: Requests,
+        seed: int = 0,
+        profile: Profile | None = None,
+    ) -> None:
+        cluster = scenario.cluster
+        self.controller = controller
+        self.scenario = scenario
+        self.requests = requests
+        self.profile = profile or load_profile(cluster.hardware, cluster.model, cluster.precision)
+        self.placements: list[tuple[float, Placement]] = []
+        self._history_rps: list[float] = []
+        self._clocks_mhz = tuple(sorted({*scenario.clocks_mhz, scenario.top_clock_mhz}))
+        placement = controller.plan(self._context())
+        self._clocks_mhz = tuple(sorted({*self._clocks_mhz, *(spec.clock_mhz for spec in placement.instances)}))
+        self.simulator = Simulator(
+            cluster, self.profile, placement, requests.evaluated, self._clocks_mhz, scenario.slo, seed
+        )
+        self.placements.append((0.0, placement))
+        self.simulator.set_policies(*controller.policies(self._context()))
+        self.timeline = Timeline()
+
+    def _context(self) -> PlanContext:
+        return PlanContext(
+            scenario=self.scenario,
+            profile=self.profile,
+            training=self.requests.training,
+            mean_rate_rps=self.requests.mean_rate_rps,
+            history_rps=tuple(self._history_rps),
+            previous=self.placements[-1][1] if self.placements else None,
+            clocks_mhz=self._clocks_mhz,
+        )
+
+    @property
+    def end_s(self) -> float:
+        """Where the counted part ends: the generated duration, or a recorded trace's last arrival."""
+        return max(self.requests.evaluated.duration_s, 0.0)
+
+    def _replan(self, now_s: float, window_s: float) -> None:
+        arrival_s = self.requests.evaluated.arrival_s
+        first, last = np.searchsorted(arrival_s, (now_s - window_s, now_s))
+        self._history_rps.append(float(last - first) / window_s)
+        placement = self.controller.plan(self._context())
+        if placement != self.placements[-1][1]:
+            self.simulator.reconfigure(placement)
+        self.placements.append((now_s, placement))
+
+    def run(self) -> Counted:
+        """Serve the whole trace, drain included; returns what counts."""
+        end_s, warmup_s = self.end_s, min(self.scenario.warmup_s, self.end_s)
+        window_s = self.controller.replan_s
+        borders = set() if window_s is None else set(np.arange(window_s, end_s, window_s))
+        samples = set(np.linspace(0.0, end_s, TIMELINE_SAMPLES, endpoint=False))
+        start: InstanceLedger | None = None
+        for stop_s in sorted(borders | samples | {warmup_s, end_s}):
+            self.simulator.run(stop_s)
+            if stop_s in borders and window_s is not None:
+                self._replan(stop_s, window_s)
+            if stop_s == warmup_s:
+                start = self.simulator.instances()
+            if stop_s in samples:
+                self.timeline.add(self.simulator)
+        assert start is not None
+        counted = Counted(warmup_s, end_s, self.simulator.instances().since(start))
+        self.simulator.run(end_s + self.scenario.drain_limit_s)
+        return counted
+
+    def action_digest(self) -> str:
+        """Of every placement planned and every clock asked for, with their times."""
+        parts = [f"{at_s!r} {placement!r}" for at_s, placement in self.placements]
+        parts.append(str(int(self.simulator.state.glob[0]["digest"])))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def run(job: RunJob) -> RunOutcome:
+    """Run a job from its names alone.
+
+    Raises:
+        ConfigError, TraceError, ControllerError, PlacementError, ClusterError, PolicyError: what is wrong with it.
+    """
+    scenario = load_scenario(job.scenario, job.overrides)
+    cluster = scenario.cluster
+    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    requests = requests_for(scenario, profile, job.played_split, job.seed, job.trace, job.rate_rps)
+    controller = make_controller(job.controller, job.controller_settings)
+    rollout = Rollout(controller, scenario, requests, job.seed, profile)
+    counted = rollout.run()
+    return outcome_of(rollout, counted, job, config_hash(scenario))
+
+
+def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: str) -> RunOutcome:
+    """A finished rollout as rows, arrays and provenance."""
+    scenario, simulator = rollout.scenario, rollout.simulator
+    requests = simulator.requests()
+    measured = measure(
+        requests, counted, scenario.slo, scenario.tpot_definition, scenario.cluster.serving_overhead_ms * 1e-3
+    )
+    row: dict[str, float | int | str] = {
+        "scenario": job.scenario,
+        "controller": job.controller,
+        "seed": job.seed,
+        "split": job.played_split,
+        **measured.row,
+        **{f"requests_{name}": count for name, count in simulator.counts().items()},
+        "end_s": float(np.nanmax(requests.finish_s)) if requests.finished.any() else float("nan"),
+        "slo_ttft_s": scenario.slo.ttft_s,
+        "slo_tpot_s": scenario.slo.tpot_s,
+    }
+    evaluated = rollout.requests.evaluated
+    provenance = {
+        "scenario": scenario.model_dump(mode="json"),
+        "config_hash": scenario_hash,
+        "profile_hash": rollout.profile.hash,
+        "trace_name": evaluated.name,
+        "trace_hash": evaluated.hash,
+        "training_hash": rollout.requests.training.hash,
+        "placements": [[at_s, placement.describe()] for at_s, placement in rollout.placements],
+        "notes": list(getattr(rollout.controller, "notes", ())),
+    }
+    return RunOutcome(
+        row=row,
+        action_digest=rollout.action_digest(),
+        provenance=provenance,
+        timeline=rollout.timeline.arrays(simulator.lanes),
+        ttft_s=measured.ttft_s,
+        tpot_s=measured.tpot_s,
+    )

@@ -1,0 +1,84 @@
+"""A scenario: a cluster, a workload, an SLO, and what is counted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.config import ConfigError, Settings, load_preset
+from biscale_gym.metrics import TpotDefinition
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class ScenarioSettings(Settings):
+    """Everything that a run depends on, except the controller and the seed.
+
+    Attributes:
+        description: one line for lists.
+        workload: preset in configs/workloads, or a path.
+        rate_rps: mean arrival rate of the generated workload.
+        rate_from: the command that derived ``rate_rps``, where it was derived.
+        duration_s: length of the generated trace.
+        warmup_s: what is not counted at the start.
+        drain_limit_s: how long after the last arrival unfinished requests are waited for.
+        window_s: coarse period, tier 1's.
+        slo: on P99 TTFT and P99 TPOT.
+        cluster: the GPUs and the engine's rules.
+        clocks_mhz: the controllers' candidate clocks.
+        top_clock_mhz: the card's top clock, where an uncontrolled GPU runs.
+        training_s: length of the generated training trace that planners learn from.
+    """
+
+    description: str = ""
+    workload: str
+    rate_rps: Positive
+    rate_from: str = ""
+    duration_s: Positive = 1800.0
+    warmup_s: NonNegative = 30.0
+    drain_limit_s: NonNegative = 600.0
+    window_s: Positive = 300.0
+    slo: SloSettings
+    cluster: ClusterSettings = ClusterSettings()
+    clocks_mhz: Annotated[tuple[int, ...], Field(min_length=1)]
+    top_clock_mhz: int
+    training_s: Positive = 1800.0
+    tpot_definition: TpotDefinition = "per-decode-token"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScenarioSettings:
+        if self.duration_s <= self.warmup_s:
+            raise ValueError(f"duration_s ({self.duration_s}) must exceed warmup_s ({self.warmup_s})")
+        if list(self.clocks_mhz) != sorted(set(self.clocks_mhz)):
+            raise ValueError(f"clocks_mhz must ascend without repeats, got {list(self.clocks_mhz)}")
+        return self
+
+
+def load_scenario(name_or_path: str, overrides: dict[str, Any] | None = None) -> ScenarioSettings:
+    """A scenario preset or file, with some settings replaced.
+
+    Args:
+        name_or_path: preset in configs/scenarios, or a YAML file.
+        overrides: dotted setting to value, e.g. ``{"cluster.precision": "bf16"}``.
+
+    Raises:
+        ConfigError: an unknown scenario or setting, or a wrong value.
+    """
+    scenario = load_preset(ScenarioSettings, "scenarios", name_or_path)
+    if not overrides:
+        return scenario
+    values = scenario.model_dump()
+    for dotted, value in overrides.items():
+        at = values
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            if not isinstance(at.get(parent), dict):
+                raise ConfigError(f"scenario {name_or_path!r} has no settings group {parent!r} (in {dotted!r})")
+            at = at[parent]
+        at[last] = value
+    from biscale_gym.config import validate
+
+    return validate(ScenarioSettings, values, f"scenario {name_or_path!r} with overrides")

@@ -1,0 +1,1 @@
+"""Comparison of controllers: a matrix of runs, records that can be replayed, tables, statistics and plots."""

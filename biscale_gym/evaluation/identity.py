@@ -1,0 +1,101 @@
+"""The content address of a run: what it would compute, not where or when.
+
+Two runs share an address when their job, every preset, the trace's bytes, the package version and the code that decides
+the result (the model, the control layer and the controllers; not tables and plots) are the same. An edited controller
+is therefore run again, and a moved trace is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import biscale_gym
+from biscale_gym.config import nearest, preset_names, presets_dir
+from biscale_gym.control.rollout import RunJob
+from biscale_gym.evaluation.faults import EvaluationError
+
+_DECIDING = ("config.py", "metrics.py", "traces", "profiles", "cluster", "control")
+
+
+def run_id(job: RunJob) -> str:
+    """First 16 hex digits of the SHA-256 of everything the run's result depends on.
+
+    Raises:
+        EvaluationError: the scenario or the trace does not exist.
+    """
+    content = {
+        "job": {
+            **job.model_dump(mode="json"),
+            "scenario": _scenario_address(job.scenario),
+            "trace": None if job.trace is None else file_digest(Path(job.trace)),
+        },
+        "presets": _tree_digest((presets_dir(),), "*.yaml"),
+        "code": _code_digest(job.controller),
+        "version": biscale_gym.__version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, remembered for as long as the file's size and time stay.
+
+    Raises:
+        EvaluationError: there is no such file.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror})") from error
+    return _digest_of_state(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _digest_of_state(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _scenario_address(name_or_path: str) -> str:
+    """A preset stands for itself (the presets are hashed as a whole); a file of one's own for its bytes."""
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        return file_digest(path)
+    known = preset_names("scenarios")
+    if name_or_path not in known:
+        raise EvaluationError(f"no scenario {name_or_path!r}; {nearest(name_or_path, known)}")
+    return name_or_path
+
+
+@cache
+def _code_digest(controller: str) -> str:
+    package = Path(biscale_gym.__file__).parent
+    roots = [package / part for part in _DECIDING]
+    foreign = [controller.partition(":")[0]] if ":" in controller else []
+    for module in ("agents", "baselines", *foreign):
+        spec = importlib.util.find_spec(module.partition(".")[0])
+        if spec is not None and spec.origin is not None:
+            origin = Path(spec.origin)
+            roots.append(origin.parent if origin.name == "__init__.py" else origin)
+    return _tree_digest(tuple(roots), "*.py")
+
+
+@cache
+def _tree_digest(roots: tuple[Path, ...], pattern: str) -> str:
+    digest = hashlib.sha256()
+    for name, content in _files(roots, pattern):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _files(roots: Iterable[Path], pattern: str) -> Iterable[tuple[str, bytes]]:
+    for root in roots:
+        paths = sorted(root.rglob(pattern)) if root.is_dir() else [root]
+        for path in paths:
+            if path.is_file():
+                yield path.relative_to(root.parent).as_posix(), path.read_bytes()

@@ -1,0 +1,267 @@
+"""The pictures of a matrix, as PNG and SVG: where the joules go, how latencies are spread, what every instance did.
+
+Colours are Okabe and Ito's (readable with every common colour blindness) and perceptually uniform maps. matplotlib is
+imported only when a plot is asked for, and draws without a display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from biscale_gym.evaluation.faults import EvaluationError
+from biscale_gym.evaluation.records import RecordStore
+from biscale_gym.evaluation.summary import REFERENCE, Summary, quantile
+
+Floats = npt.NDArray[np.float64]
+
+_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY, _YELLOW = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+)
+_GREY = "#9A9A9A"
+_WIDEST_IN_SLO = 3.0
+_LABELLED_ROWS = 16
+_LINES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW, "#000000")
+_DASHES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "biscale-gym",
+}
+
+
+def write_plots(summaries: Sequence[Summary], store: RecordStore, folder: Path) -> list[Path]:
+    """Writes every plot of the matrix; returns the files.
+
+    Raises:
+        EvaluationError: matplotlib is not installed.
+        RecordsError: a run's timeline is missing or altered.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise EvaluationError("plots need matplotlib: pip install 'biscale-gym[plots]', or --no-plots") from error
+    mpl.use("agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with mpl.rc_context(_STYLE):
+        for scenario in dict.fromkeys(summary.scenario for summary in summaries):
+            own = [summary for summary in summaries if summary.scenario == scenario]
+            stem = Path(scenario).stem
+            written += _save(energy_bars(own), folder / f"{stem}-energy")
+            written += _save(latency_distributions(own), folder / f"{stem}-latency")
+            for summary in own:
+                timeline = {
+                    name.removeprefix("timeline_"): values
+                    for name, values in store.arrays(summary.records[0]).items()
+                    if name.startswith("timeline_")
+                }
+                written += _save(
+                    timelines(summary, timeline), folder / f"{stem}-{file_name(summary.controller)}-timeline"
+                )
+    return written
+
+
+def file_name(controller: str) -> str:
+    """A controller's name without what a file name cannot hold (``module:Class``)."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in controller)
+
+
+def energy_bars(own: Sequence[Summary]) -> Any:
+    """Mean joules of one scenario, one bar per controller: left by phase, right by what the GPUs were doing."""
+    import matplotlib.pyplot as plt
+
+    scale, unit = (1e6, "MJ") if max(s.mean("total_energy_j") for s in own) >= 1e6 else (1e3, "kJ")
+    by_phase = [
+        ("prefill GPUs", _BLUE, [s.mean("prefill_energy_j") for s in own]),
+        ("decode GPUs", _ORANGE, [s.mean("decode_energy_j") for s in own]),
+        ("unallocated GPUs", _GREY, [s.mean("unallocated_energy_j") for s in own]),
+    ]
+    by_use = [
+        ("computing", _GREEN, [_computing(s) for s in own]),
+        ("idle", _SKY, [s.mean("idle_energy_j") for s in own]),
+        ("loading weights", _PURPLE, [s.mean("loading_energy_j") for s in own]),
+        ("switching clocks", _VERMILION, [s.mean("switching_energy_j") for s in own]),
+        ("unallocated", _GREY, [s.mean("unallocated_energy_j") for s in own]),
+    ]
+    figure, panels = plt.subplots(1, 2, figsize=(4.6 + 1.5 * len(own), 4.2), sharey=True, layout="constrained")
+    against = f"; change of the total against {REFERENCE}" if any(s.ratios for s in own) else ""
+    figure.suptitle(f"{_heading(own)}{against}", fontsize=11)
+    for panel, title, parts in zip(panels, ("by phase", "by use"), (by_phase, by_use), strict=True):
+        _stack(panel, own, [(name, colour, np.array(joules) / scale) for name, colour, joules in parts])
+        panel.set_title(title)
+    panels[0].set_ylabel(f"GPU energy ({unit})")
+    return figure
+
+
+def _computing(summary: Summary) -> float:
+    phases = summary.mean("prefill_energy_j") + summary.mean("decode_energy_j")
+    return phases - sum(summary.mean(f"{use}_energy_j") for use in ("idle", "loading", "switching"))
+
+
+def _stack(panel: Any, own: Sequence[Summary], parts: list[tuple[str, str, Floats]]) -> None:
+    base: Floats = np.zeros(len(own))
+    for name, colour, joules in parts:
+        panel.bar(
+            range(len(own)), joules, 0.62, bottom=base, color=colour, label=name, edgecolor="white", linewidth=0.8
+        )
+        base = base + joules
+    for index, (joules, summary) in enumerate(zip(base.tolist(), own, strict=True)):
+        ratio = summary.ratios.get("total_energy_j")
+        saving = "" if ratio is None or summary.controller == REFERENCE else f"\n{100 * (ratio.value - 1):+.1f} %"
+        panel.annotate(
+            f"{joules:.3g}{saving}".replace("-", "−"),
+            (index, joules),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+        )
+    panel.set_ylim(0, 1.35 * base.max())
+    panel.set_xticks(range(len(own)), [f"{s.controller}\n(breaks SLO)" if s.breaches else s.controller for s in own])
+    panel.grid(axis="y", color="#E5E5E5")
+    panel.tick_params(axis="x", length=0)
+    panel.legend(loc="upper center", ncols=2, frameon=False, fontsize=8, handlelength=1.1, columnspacing=1.2)
+
+
+def latency_distributions(own: Sequence[Summary]) -> Any:
+    """Distribution of TTFT and TPOT over the pooled requests, on a scale that opens the tail, with the SLO marked."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.4), sharey=True, layout="constrained")
+    figure.suptitle(_heading(own), fontsize=11)
+    slo = own[0].slo
+    for panel, name, target_s in ((panels[0], "TTFT", slo.ttft_s), (panels[1], "TPOT", slo.tpot_s)):
+        _distribution(panel, own, name, 1e3 * target_s)
+    panels[0].set_ylabel("share of served requests at or below")
+    return figure
+
+
+def _distribution(panel: Any, own: Sequence[Summary], name: str, slo_ms: float) -> None:
+    top = 1e-4
+    right = 1.3 * slo_ms
+    for index, summary in enumerate(sorted(own, key=lambda s: s.controller)):
+        values = 1e3 * (summary.ttft_s if name == "TTFT" else summary.tpot_s)
+        if not len(values):
+            continue
+        beyond = 1.0 - (np.arange(len(values)) + 0.5) / len(values)
+        p99 = quantile(values, 0.99)
+        colour, dash = _LINES[index % len(_LINES)], _DASHES[index % len(_DASHES)]
+        panel.plot(
+            values, beyond, color=colour, linestyle=dash, linewidth=1.7, label=f"{summary.controller}: P99 {p99:.0f} ms"
+        )
+        panel.plot([p99], [0.01], marker="o", color=colour, markersize=5.5, markeredgecolor="white", zorder=4)
+        right = max(right, min(1.25 * quantile(values, 0.999), _WIDEST_IN_SLO * slo_ms))
+    panel.axvline(slo_ms, color=_VERMILION, linewidth=1.4)
+    panel.axvspan(slo_ms, right, color=_VERMILION, alpha=0.07, linewidth=0)
+    panel.annotate(
+        f"SLO {slo_ms:g} ms",
+        (slo_ms, 1.01),
+        xycoords=("data", "axes fraction"),
+        va="bottom",
+        ha="center",
+        fontsize=8.5,
+        color=_VERMILION,
+    )
+    panel.axhline(0.01, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+    panel.set_yscale("log")
+    panel.set_ylim(1.0, top)
+    panel.set_yticks(
+        [1.0, 0.5, 0.1, 0.05, 0.01, 1e-3, top], ["0 %", "50 %", "90 %", "95 %", "99 %", "99.9 %", "99.99 %"]
+    )
+    panel.minorticks_off()
+    panel.set_xlim(0, right)
+    panel.set_xlabel(f"{'time to first token' if name == 'TTFT' else 'time per output token'}, {name} (ms)")
+    panel.grid(color="#E8E8E8")
+    panel.legend(loc="lower right", fontsize=8.5, framealpha=0.92, edgecolor="none", handlelength=3)
+
+
+def timelines(summary: Summary, timeline: Mapping[str, npt.NDArray[Any]]) -> Any:
+    """Clock, queue, batch and power of every instance over the first seed: a row per instance, a column per phase.
+
+    ``timeline`` holds ``time_s`` float64[T], ``clock_mhz``, ``queue``, ``batch``, ``power_w`` [T, I] (NaN while an
+    instance is not there), and ``label`` str[I], whose labels begin with the phase.
+    """
+    import matplotlib.pyplot as plt
+
+    labels = [str(label) for label in timeline["label"]]
+    phases = [[i for i, label in enumerate(labels) if label.startswith(phase)] for phase in ("prefill", "decode")]
+    quantities = (
+        ("clock_mhz", "SM clock (MHz)", "viridis"),
+        ("queue", "waiting (requests)", "magma_r"),
+        ("batch", "batch (requests)", "cividis"),
+        ("power_w", "power (W per instance)", "inferno"),
+    )
+    height = 1.1 + len(quantities) * (0.55 + 0.17 * min(_LABELLED_ROWS, max(map(len, phases))))
+    figure, panels = plt.subplots(
+        len(quantities), 2, figsize=(12.5, height), sharex=True, squeeze=False, layout="constrained"
+    )
+    seed = summary.records[0].row["seed"]
+    figure.suptitle(f"{Path(summary.scenario).stem} on {summary.trace}: {summary.controller}, seed {seed}", fontsize=11)
+    for row, (key, title, colours) in enumerate(quantities):
+        values = np.asarray(timeline[key], dtype=np.float64)
+        span = (np.nanmin(values), np.nanmax(values)) if key == "clock_mhz" and values.size else (None, None)
+        for column, instances in enumerate(phases):
+            panel = panels[row][column]
+            _heat(panel, figure, np.asarray(timeline["time_s"], dtype=np.float64), values[:, instances], colours, span)
+            shown = range(0, len(instances), -(-len(instances) // _LABELLED_ROWS) or 1)
+            panel.set_yticks(shown, [labels[instances[i]] for i in shown], fontsize=7)
+            panel.set_title(f"{('prefill', 'decode')[column]}: {title}", loc="left", fontsize=9)
+    for panel in panels[-1]:
+        panel.set_xlabel("time (s)")
+    return figure
+
+
+def _heat(panel: Any, figure: Any, time_s: Floats, values: Floats, colours: str, span: tuple[Any, Any]) -> None:
+    if not values.size:
+        panel.text(0.5, 0.5, "no instance", transform=panel.transAxes, ha="center", va="center", color=_GREY)
+        return
+    step_s = time_s[-1] - time_s[-2] if len(time_s) > 1 else 1.0
+    shown = panel.pcolormesh(
+        np.append(time_s, time_s[-1] + step_s),
+        np.arange(values.shape[1] + 1) - 0.5,
+        np.ma.masked_invalid(values.T),
+        cmap=colours,
+        vmin=span[0],
+        vmax=span[1],
+        rasterized=True,
+    )
+    panel.invert_yaxis()
+    panel.tick_params(length=2)
+    bar = figure.colorbar(shown, ax=panel, pad=0.01, fraction=0.03)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+
+
+def _heading(own: Sequence[Summary]) -> str:
+    first = own[0]
+    seeds = max(len(s.records) for s in own)
+    return f"{Path(first.scenario).stem} on {first.trace}, {seeds} seed{'s' * (seeds > 1)}"
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg")]
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # laid out once for both files
+    for path in paths:
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return paths

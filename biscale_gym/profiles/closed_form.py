@@ -1,0 +1,178 @@
+"""The closed form: latency and power of an iteration at any clock, and the clock at which the board limit holds.
+
+The equations are those of docs/model-card.md; their constants are read from the header of the compiled profile. The
+clock-dependent terms are evaluated once per clock of the list and kept in its row, so that an iteration at a listed
+clock needs two powers only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from biscale_gym.profiles import layout as at
+
+Vector = NDArray[np.float64]
+
+_POWER_TOLERANCE_W = 1e-9
+_MAX_STEPS = 60
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def clock_terms(model: Vector, ghz: float) -> tuple[float, float, float, float, float, float]:
+    """Clock-dependent terms of the closed form at any clock.
+
+    Returns:
+        ``(fixed_s, token_s, memory_p, compute_p, square_s, kv_token_s)``: seconds per iteration and per token, the
+        weights' time to the power p, the dense products' time for one token to the power p, seconds per squared token
+        and per KV token.
+    """
+    # log of 1/r(f): the one transcendental that latency and its p-th power share.
+    slow = np.log1p((model[at.KNEE_GHZ] / ghz) ** model[at.KNEE_POWER]) / model[at.KNEE_POWER] - model[at.KNEE_SCALE]
+    inverse_r = np.exp(slow)
+    p = model[at.NORM]
+    tensor_ghz = min(ghz, model[at.TENSOR_LIMIT_GHZ])
+    fixed_s = (
+        model[at.HOST_S]
+        + model[at.REDUCE_S] * (model[at.REDUCE_FLAT] + model[at.REDUCE_GHZ] / ghz)
+        + model[at.LAUNCH_S] * (model[at.LAUNCH_FLAT] + model[at.LAUNCH_GHZ] / ghz)
+    )
+    token_s = model[at.REDUCE_S_PER_TOKEN] + model[at.ELEMENTWISE_S] * inverse_r
+    memory_p = (model[at.WEIGHT_S] * inverse_r) ** p
+    compute_p = (model[at.COMPUTE_S_GHZ] / tensor_ghz) ** p
+    return fixed_s, token_s, memory_p, compute_p, model[at.ATTENTION_S_GHZ] / tensor_ghz, model[at.KV_S] * inverse_r
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def voltage(model: Vector, ghz: float) -> float:
+    """Core voltage relative to the top clock's."""
+    return float(max(model[at.VOLTAGE_FLOOR], 1.0 - model[at.VOLTAGE_SLOPE] * (model[at.HIGHEST_GHZ] - ghz)))
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def idle_at(model: Vector, ghz: float) -> float:
+    """Idle power per GPU [W] of the closed form at any clock."""
+    low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
+    v, v_low = voltage(model, ghz), voltage(model, low)
+    share = (ghz * v * v - low * v_low * v_low) / (high - low * v_low * v_low)
+    return float(model[at.IDLE_W] + model[at.IDLE_SPAN_W] * share)
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def base_and_work(
+    model: Vector, ghz: float, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+) -> tuple[float, float]:
+    """Power drawn whatever the iteration does [W], and joules per GPU of its bytes and operations, limit ignored."""
+    w = prefill_tokens / (prefill_tokens + model[at.PREFILL_TOKENS_HALF])
+    # Dense prefill runs at the tensor cores' own clock: voltage and clock power follow it in the measure w.
+    core_ghz = ghz - w * max(0.0, ghz - model[at.TENSOR_LIMIT_GHZ])
+    v = voltage(model, core_ghz)
+    v2 = v * v
+    k = 1.0 + model[at.PREFILL_EXTRA] * w
+    tokens = batch + prefill_tokens
+    base_w = idle_at(model, core_ghz) + k * model[at.CLOCK_W_PER_GHZ] * core_ghz * v2
+    moved_j = model[at.WEIGHT_J] + model[at.TOKEN_J] * tokens + model[at.KV_J] * kv_tokens
+    computed_j = model[at.LINEAR_J] * tokens + model[at.ATTENTION_J] * sum_len_sq + model[at.HEAD_J] * max(batch, 1.0)
+    return base_w, k * (moved_j + v2 * computed_j)
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def closed_form(
+    model: Vector, ghz: float, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+) -> tuple[float, float]:
+    """Latency [s] and power per GPU [W] at any clock, board limit ignored. Parametric profiles only."""
+    fixed_s, token_s, memory_p, compute_p, square_s, kv_token_s = clock_terms(model, ghz)
+    tokens = batch + prefill_tokens
+    dense_s = (memory_p + compute_p * tokens ** model[at.NORM]) ** (1.0 / model[at.NORM])
+    latency_s = (
+        fixed_s
+        + model[at.HOST_S_PER_SEQUENCE] * batch
+        + token_s * tokens
+        + dense_s
+        + square_s * sum_len_sq
+        + kv_token_s * kv_tokens
+    )
+    base_w, work_j = base_and_work(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq)
+    return latency_s, base_w + work_j / latency_s
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def limited(
+    model: Vector, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+) -> tuple[float, float]:
+    """Effective clock [GHz] and latency [s] where the board limit holds power at exactly its value.
+
+    Power rises with the clock, so the root is unique; the bracket is the hardware's whole range, which makes the answer
+    the same bits for every locked clock above it. Secant steps that fall out of the bracket become bisections.
+    """
+    low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
+    before, g_before = high, 0.0
+    # Power bends where the tensor cores stop following the clock: start from that point.
+    start = model[at.TENSOR_LIMIT_GHZ]
+    if start <= low or start >= high:
+        start = 0.5 * (low + high)
+    ghz, latency_s = high, 0.0
+    for step in range(_MAX_STEPS):
+        latency_s, power_w = closed_form(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq)
+        g = power_w - model[at.LIMIT_W]
+        if abs(g) <= _POWER_TOLERANCE_W:
+            break
+        if g > 0.0:
+            high = ghz
+        else:
+            low = ghz
+        following = start if step == 0 else ghz - g * (ghz - before) / (g - g_before)
+        if not low < following < high:
+            following = 0.5 * (low + high)
+        before, g_before, ghz = ghz, g, following
+    return ghz, latency_s
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def at_clock(
+    model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+) -> tuple[float, float, float]:
+    """Latency [s] of the parametric form at a clock of the list, with base power and work, board limit ignored."""
+    row = at.HEADER + clock * at.ROW
+    tokens = batch + prefill_tokens
+    p = model[at.NORM]
+    latency_s = (
+        model[row + at.FIXED_S]
+        + model[at.HOST_S_PER_SEQUENCE] * batch
+        + model[row + at.TOKEN_S] * tokens
+        + (model[row + at.MEMORY_P] + model[row + at.COMPUTE_P] * tokens**p) ** (1.0 / p)
+        + model[row + at.SQUARE_S] * sum_len_sq
+        + model[row + at.KV_TOKEN_S] * kv_tokens
+    )
+    base_w, work_j = base_and_work(model, model[row + at.GHZ], batch, kv_tokens, prefill_tokens, sum_len_sq)
+    return latency_s, base_w, work_j
+
+
+@njit(cache=True, error_model="numpy")
+def fill_parametric(model: Vector) -> None:
+    """Fill clock rows and decode table of a parametric vector whose header and clocks (GHz) are set."""
+    table = int(model[at.DECODE])
+    clocks = int(model[at.CLOCKS])
+    tokens_p = np.arange(int(model[at.MAX_BATCH]) + 1, dtype=np.float64) ** model[at.NORM]
+    for clock in range(clocks):
+        row = at.HEADER + clock * at.ROW
+        ghz = model[row + at.GHZ]
+        fixed_s, token_s, memory_p, compute_p, square_s, kv_token_s = clock_terms(model, ghz)
+        base_w = base_and_work(model, ghz, 0.0, 0.0, 0.0, 0.0)[0]
+        model[row + at.IDLE] = idle_at(model, ghz)
+        model[row + at.BASE_W] = base_w
+        model[row + at.HEADROOM_W] = model[at.LIMIT_W] - base_w
+        model[row + at.FIXED_S] = fixed_s
+        model[row + at.TOKEN_S] = token_s
+        model[row + at.MEMORY_P] = memory_p
+        model[row + at.COMPUTE_P] = compute_p
+        model[row + at.SQUARE_S] = square_s
+        model[row + at.KV_TOKEN_S] = kv_token_s
+        for b in range(int(model[at.MAX_BATCH]) + 1):
+            entry = table + (b * clocks + clock) * at.ENTRY
+            dense_s = (memory_p + compute_p * tokens_p[b]) ** (1.0 / model[at.NORM])
+            model[entry + at.A] = fixed_s + (model[at.HOST_S_PER_SEQUENCE] + token_s) * b + dense_s
+            model[entry + at.C] = kv_token_s
+            model[entry + at.N0] = base_and_work(model, ghz, float(b), 0.0, 0.0, 0.0)[1]
+            model[entry + at.NK] = model[at.KV_J]

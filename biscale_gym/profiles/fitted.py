@@ -1,0 +1,188 @@
+"""The fitted form: gradient-boosted trees learned from profiled iterations, put onto a grid for the engine.
+
+Latency never rises and power never falls with the clock: both are constraints of the fit. Prefill is learned from the
+batch's tokens and their mean length as a token sees it (sum of squares / sum: mean and spread of the prompt lengths in
+one number), decode from sequences, KV tokens and KV tokens per sequence. Needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from biscale_gym.profiles import kernels
+from biscale_gym.profiles.iterations import Iterations
+from biscale_gym.profiles.profile import ProfileError
+from biscale_gym.profiles.tabulated import ProfileTable, compile_table
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Trees and grid.
+
+    Attributes:
+        learning_rate, trees, leaves, rows_per_leaf: of the boosting.
+        kv_knots: regular KV knots of the decode grid, 0 and the largest observed included.
+        batch_knots, token_knots, length_knots: at most so many, at quantiles of what was observed.
+        folds: of the cross-validation.
+        seed: of the folds.
+    """
+
+    learning_rate: float = 0.08
+    trees: int = 400
+    leaves: int = 31
+    rows_per_leaf: int = 10
+    kv_knots: int = 33
+    batch_knots: int = 24
+    token_knots: int = 32
+    length_knots: int = 12
+    folds: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FitErrors:
+    """Mean absolute percentage errors on rows that the fit did not see, read from the grid as the engine reads it."""
+
+    tp: int
+    phase: str
+    rows: int
+    latency_percent: float
+    power_percent: float
+
+
+def fit_tables(
+    iterations: Iterations, settings: FitSettings | None = None
+) -> tuple[dict[int, ProfileTable], list[FitErrors]]:
+    """One table per TP degree of ``iterations``, and the cross-validated errors of each phase.
+
+    Raises:
+        ProfileError: a TP degree lacks prefill, decode or idle rows, or has too few rows for the folds.
+    """
+    settings = settings or FitSettings()
+    tables: dict[int, ProfileTable] = {}
+    errors: list[FitErrors] = []
+    for tp in sorted({int(value) for value in iterations.tp}):
+        own = iterations.rows(iterations.tp == tp)
+        tables[tp] = _fit(own, tp, settings)
+        errors += _cross_validate(own, tp, settings)
+    return tables, errors
+
+
+def _split(iterations: Iterations, tp: int) -> tuple[Iterations, Iterations, Iterations]:
+    """Decode, prefill and idle rows; none may be missing."""
+    decode, prefill = iterations.batch > 0, iterations.prefill_tokens > 0
+    parts = {"decode": decode, "prefill": prefill, "idle": ~decode & ~prefill}
+    for name, mask in parts.items():
+        if not mask.any():
+            raise ProfileError(f"profiled iterations: TP {tp} has no {name} row")
+    return iterations.rows(decode), iterations.rows(prefill), iterations.rows(parts["idle"])
+
+
+def _decode_features(clock: Floats, batch: Floats, kv: Floats) -> Floats:
+    """Shape (n, 4), the clock first."""
+    return np.column_stack([clock, batch, kv, kv / batch])
+
+
+def _prefill_features(clock: Floats, tokens: Floats, length: Floats) -> Floats:
+    """Shape (n, 3), the clock first."""
+    return np.column_stack([clock, tokens, length])
+
+
+def _trees(features: Floats, target: Floats, direction: int, settings: FitSettings) -> HistGradientBoostingRegressor:
+    """Trees on the logarithm of ``target``, monotone in the first feature."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+    constraints = [direction] + [0] * (features.shape[1] - 1)
+    model = HistGradientBoostingRegressor(
+        learning_rate=settings.learning_rate,
+        max_iter=settings.trees,
+        max_leaf_nodes=settings.leaves,
+        min_samples_leaf=settings.rows_per_leaf,
+        monotonic_cst=constraints,
+        early_stopping=False,
+    )
+    return model.fit(features, np.log(target))
+
+
+def _knots(observed: Floats, count: int) -> Floats:
+    """Ascending knots at quantiles of what was observed, extremes included, whole where the data are."""
+    knots: Floats = np.unique(np.quantile(observed, np.linspace(0, 1, count), method="nearest"))
+    if knots.size < 2:
+        raise ProfileError(f"profiled iterations: every row has the same value {observed[0]:g}, nothing to interpolate")
+    return knots
+
+
+def _fit(iterations: Iterations, tp: int, settings: FitSettings) -> ProfileTable:
+    """Trees for both phases, evaluated on the grid."""
+    decode, prefill, idle = _split(iterations, tp)
+    clocks = np.unique(np.concatenate([decode.clock_mhz, prefill.clock_mhz]))
+    order = np.argsort(idle.clock_mhz)
+    batches = np.unique(np.concatenate([[1.0], _knots(decode.batch, settings.batch_knots)]))
+    kv = np.linspace(0, decode.kv_tokens.max(), settings.kv_knots)
+    length = prefill.sum_len_sq / prefill.prefill_tokens
+    tokens, lengths = _knots(prefill.prefill_tokens, settings.token_knots), _knots(length, settings.length_knots)
+
+    decode_seen = _decode_features(decode.clock_mhz, decode.batch, decode.kv_tokens)
+    prefill_seen = _prefill_features(prefill.clock_mhz, prefill.prefill_tokens, length)
+    decode_grid = np.meshgrid(clocks, batches, kv, indexing="ij")
+    prefill_grid = np.meshgrid(clocks, tokens, lengths, indexing="ij")
+    decode_asked = _decode_features(*(axis.ravel() for axis in decode_grid))
+    prefill_asked = _prefill_features(*(axis.ravel() for axis in prefill_grid))
+
+    def on_grid(seen: Floats, target: Floats, direction: int, asked: Floats, shape: tuple[int, ...]) -> Floats:
+        values: Floats = np.exp(_trees(seen, target, direction, settings).predict(asked)).reshape(shape)
+        return values
+
+    decode_shape, prefill_shape = decode_grid[0].shape, prefill_grid[0].shape
+    return ProfileTable(
+        clocks_mhz=clocks,
+        idle_power_w=np.interp(clocks, idle.clock_mhz[order], idle.power_w_per_gpu[order]),
+        decode_batches=batches,
+        decode_kv_tokens=kv,
+        decode_latency_s=on_grid(decode_seen, 1e-3 * decode.latency_ms, -1, decode_asked, decode_shape),
+        decode_power_w=on_grid(decode_seen, decode.power_w_per_gpu, 1, decode_asked, decode_shape),
+        prefill_tokens=tokens,
+        prefill_mean_length=lengths,
+        prefill_latency_s=on_grid(prefill_seen, 1e-3 * prefill.latency_ms, -1, prefill_asked, prefill_shape),
+        prefill_power_w=on_grid(prefill_seen, prefill.power_w_per_gpu, 1, prefill_asked, prefill_shape),
+    )
+
+
+def predict(table: ProfileTable, tp: int, iterations: Iterations) -> Floats:
+    """Latency [ms] and power [W] of ``iterations`` as the engine would read them from ``table``, shape (n, 2)."""
+    vector = compile_table(table, tp, [int(clock) for clock in table.clocks_mhz], int(iterations.batch.max(initial=1)))
+    clock = np.searchsorted(table.clocks_mhz, iterations.clock_mhz)
+    work = (iterations.batch, iterations.kv_tokens, iterations.prefill_tokens, iterations.sum_len_sq)
+    costs = [kernels.iteration_cost(vector, *row) for row in zip(clock.tolist(), *work, strict=True)]
+    return np.array(costs) * [1e3, 1.0]
+
+
+def _cross_validate(iterations: Iterations, tp: int, settings: FitSettings) -> list[FitErrors]:
+    """Errors of both phases, every row predicted by a fit that did not see it."""
+    busy = np.flatnonzero((iterations.batch > 0) | (iterations.prefill_tokens > 0))
+    if busy.size < 10 * settings.folds:
+        raise ProfileError(f"profiled iterations: TP {tp} has {busy.size} rows, {settings.folds} folds need more")
+    fold = np.random.default_rng(settings.seed).permutation(busy.size) % settings.folds
+    predicted = np.empty((busy.size, 2))
+    for number in range(settings.folds):
+        seen = np.ones(len(iterations), dtype=bool)
+        seen[busy[fold == number]] = False
+        table = _fit(iterations.rows(seen), tp, settings)
+        predicted[fold == number] = predict(table, tp, iterations.rows(busy[fold == number]))
+    rows = iterations.rows(busy)
+    measured = np.column_stack([rows.latency_ms, rows.power_w_per_gpu])
+    percent = 100 * np.abs(predicted / measured - 1)
+    phases = {"prefill": rows.prefill_tokens > 0, "decode": rows.batch > 0}
+    return [
+        FitErrors(tp, name, int(mask.sum()), *(float(value) for value in percent[mask].mean(axis=0)))
+        for name, mask in phases.items()
+    ]
