@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from agents.params import SETTINGS, grid_clock, grid_size, policy_params
 from agents.settings import DecodeSlackSettings
+from biscale_gym._jit import compiled_as, inlined
 from biscale_gym.cluster import features
 from biscale_gym.cluster.policy import POLICY_SIGNATURE
 from biscale_gym.profiles.kernels import decode_latency, iteration_cost, iteration_latency
@@ -37,9 +37,6 @@ IDLE_CLOCK = SETTINGS + 4
 MONOTONE = SETTINGS + 5
 CHANGE_ITERATIONS = SETTINGS + 6
 CHANGE_INTERVAL_S = SETTINGS + 7
-
-LEAN: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
-"""Compiler options of functions that allocate nothing: without reference counts a decision costs a tenth."""
 
 SWITCHES_PER_CHANGE = 10
 """Changes of ``floored`` are at least this many expected switching times apart."""
@@ -79,7 +76,7 @@ def slack_params(settings: DecodeSlackSettings, grid: Sequence[int], clocks_mhz:
     )
 
 
-@njit(cache=True, forceinline=True, **LEAN)
+@inlined
 def _duration_s(obs: Vector, model: Vector, clock: int) -> float:
     """Predicted duration of the iteration about to start."""
     if obs[features.RECOMPUTE_TOKENS] > 0.0:
@@ -96,7 +93,7 @@ def _duration_s(obs: Vector, model: Vector, clock: int) -> float:
     return float(decode_latency(model, clock, obs[features.BATCH], obs[features.BATCH_KV_TOKENS]))
 
 
-@njit(cache=True, forceinline=True, **LEAN)
+@inlined
 def first_feasible(obs: Vector, memory: Vector, params: Vector, model: Vector, n: int) -> int:
     """Grid position of the lowest clock whose predicted duration fits, or n.
 
@@ -117,7 +114,7 @@ def first_feasible(obs: Vector, memory: Vector, params: Vector, model: Vector, n
     return n
 
 
-@njit(cache=True, forceinline=True, **LEAN)
+@inlined
 def _must_jump(obs: Vector, memory: Vector, params: Vector) -> bool:
     """Whether a guard demands the top clock, feasibility aside."""
     used, capacity = obs[features.KV_TOKENS], obs[features.KV_CAPACITY_TOKENS]
@@ -133,7 +130,7 @@ def _must_jump(obs: Vector, memory: Vector, params: Vector) -> bool:
     return bool(late or int(obs[features.REASON]) == features.OVERRUN)
 
 
-@njit(cache=True, forceinline=True, **LEAN)
+@inlined
 def _least_energy(obs: Vector, params: Vector, model: Vector, n: int) -> int:
     """Grid position of least energy per token at the present batch; the lowest of equals."""
     best = 0
@@ -153,7 +150,7 @@ def _least_energy(obs: Vector, params: Vector, model: Vector, n: int) -> int:
     return best
 
 
-@njit(POLICY_SIGNATURE, cache=True, **LEAN)
+@compiled_as(POLICY_SIGNATURE)
 def paper(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     """The lowest clock that fits, asked anew at every iteration."""
     if int(obs[features.REASON]) == features.IDLE:
@@ -164,7 +161,7 @@ def paper(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     return int(grid_clock(params, min(first_feasible(obs, memory, params, model, n), n - 1)))
 
 
-@njit(cache=True, forceinline=True, **LEAN)
+@inlined
 def _note_change(obs: Vector, memory: Vector, clock: int) -> int:
     """The answer; if it changes the clock asked for, remembered as the last change."""
     if clock != int(obs[features.TARGET]):
@@ -174,7 +171,7 @@ def _note_change(obs: Vector, memory: Vector, clock: int) -> int:
     return clock
 
 
-@njit(POLICY_SIGNATURE, cache=True, **LEAN)
+@compiled_as(POLICY_SIGNATURE)
 def floored(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     """The lowest clock that fits, but no lower than the energy-optimal one, with a limited rate of changes.
 

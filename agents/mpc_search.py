@@ -32,7 +32,9 @@ EXACT = 1
 DYNAMIC = 2
 
 DEADLINE_TOLERANCE_S = 1e-12
-_RATIO_TOLERANCE = 1e-10
+_TIE = 1e-9
+_ROUNDING = 1e-3
+_RATIO_TOLERANCE = 1e-8
 _MAX_RATIO_ROUNDS = 64
 _BISECTIONS = 24
 
@@ -117,7 +119,9 @@ def _multipliers(latency: Matrix, cost: Matrix, deadline: Vector, low: Choice, h
 
 
 @njit(cache=True)
-def least_sum(latency: Matrix, cost: Matrix, deadline: Vector, low: Choice, high: Choice, choice: Choice) -> float:
+def least_sum(
+    latency: Matrix, cost: Matrix, deadline: Vector, low: Choice, high: Choice, tie: float, choice: Choice
+) -> float:
     """Branch and bound for the least sum of ``cost`` with batch j's clock in ``low[j]..high[j]``.
 
     Depth first in batch order. A node is cut when its batches end too late for the rest at the fastest clocks, or when
@@ -130,7 +134,8 @@ def least_sum(latency: Matrix, cost: Matrix, deadline: Vector, low: Choice, high
         deadline: float64[h], s from now.
         low: int64[h], lowest column allowed.
         high: int64[h], highest column allowed.
-        choice: int64[h], a feasible assignment on entry, the best one on return.
+        tie: costs that differ by no more than this count as equal.
+        choice: int64[h], a feasible assignment on entry, the best one (the lower clocks of equals) on return.
 
     Returns:
         The least sum of cost.
@@ -174,6 +179,9 @@ def least_sum(latency: Matrix, cost: Matrix, deadline: Vector, low: Choice, high
     best = 0.0
     for j in range(h):
         best += cost[j, choice[j]]
+    # Ties go to the lower clocks, tried first among equals: where the board's power limit makes several clocks one and
+    # the same, a stepwise search would otherwise never leave the highest of them.
+    best += tie
     rank_at = np.zeros(h, np.int64)
     end_s = np.zeros(h + 1)
     spent = np.zeros(h + 1)
@@ -190,7 +198,7 @@ def least_sum(latency: Matrix, cost: Matrix, deadline: Vector, low: Choice, high
             continue
         total = spent[j] + cost[j, c]
         bound = total + max(free_rest[j + 1], priced_rest[j + 1] + slope[j + 1] * end - due[j + 1])
-        if bound >= best - 1e-12 * abs(best):
+        if bound >= best - _ROUNDING * tie:
             continue
         if j + 1 == h:
             best = total
@@ -269,16 +277,19 @@ def _improve(
     choice: Choice,
 ) -> None:
     """Best assignment within ``low..high``, starting from the feasible one in ``choice``, by branch and bound."""
+    tie = _TIE * objective(latency, energy, 0.0, BUSY_ENERGY, choice)
     if kind != MEAN_POWER:
         rate = idle_w if kind == WINDOW_ENERGY else 0.0
-        least_sum(latency, energy - rate * latency, deadline, low, high, choice)
+        least_sum(latency, energy - rate * latency, deadline, low, high, tie, choice)
         return
     for _ in range(_MAX_RATIO_ROUNDS):
         rate = objective(latency, energy, 0.0, MEAN_POWER, choice)
         before = choice.copy()
-        least_sum(latency, energy - rate * latency, deadline, low, high, choice)
-        if objective(latency, energy, 0.0, MEAN_POWER, choice) >= rate * (1.0 - _RATIO_TOLERANCE):
-            choice[:] = before
+        least_sum(latency, energy - rate * latency, deadline, low, high, tie, choice)
+        reached = objective(latency, energy, 0.0, MEAN_POWER, choice)
+        if reached >= rate * (1.0 - _RATIO_TOLERANCE):
+            if reached > rate * (1.0 + _RATIO_TOLERANCE):
+                choice[:] = before
             return
 
 
@@ -352,7 +363,9 @@ def dynamic(
         before = choice.copy()
         if not _least_sum_on_grid(latency, energy - rate * latency, deadline, step_s, choice):
             return False
-        if objective(latency, energy, 0.0, MEAN_POWER, choice) >= rate * (1.0 - _RATIO_TOLERANCE):
-            choice[:] = before
+        reached = objective(latency, energy, 0.0, MEAN_POWER, choice)
+        if reached >= rate * (1.0 - _RATIO_TOLERANCE):
+            if reached > rate * (1.0 + _RATIO_TOLERANCE):
+                choice[:] = before
             return True
     return True

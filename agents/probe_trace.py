@@ -21,16 +21,8 @@ WINDOWS = 4
 SPARE = 3.0
 """A probe uses the whole training trace until it would hold this many times the requests that it must."""
 
-
-def concatenate(parts: list[Trace], gap_s: float, name: str) -> Trace:
-    """Traces one after another, ``gap_s`` between the last arrival of one and the origin of the next."""
-    offsets = np.cumsum([0.0, *(part.duration_s + gap_s for part in parts[:-1])])
-    return Trace(
-        np.concatenate([part.arrival_s + offset for part, offset in zip(parts, offsets, strict=True)]),
-        np.concatenate([part.prompt_tokens for part in parts]),
-        np.concatenate([part.output_tokens for part in parts]),
-        name,
-    )
+SHORTEST_S = 120.0
+"""But a probe never uses less of the training trace than this: bursts take time."""
 
 
 def stretches(trace: Trace, seconds: float) -> Trace:
@@ -66,12 +58,33 @@ def probe_trace(training: Trace, rate_rps: float, requests: int, seed: int) -> T
         seed: of thinning and shifts.
     """
     native_rps = training.rate_rps
-    source = stretches(training, SPARE * requests / rate_rps)
+    source = stretches(training, max(SPARE * requests / rate_rps, SHORTEST_S))
     # The stretches keep their place in the trace's slow swings: what is scaled is the mean over the whole.
     factor = rate_rps / native_rps
     repeats = max(1, math.ceil(requests / (factor * len(source))))
-    parts = [scale_rate(source, factor * source.rate_rps, seed + number) for number in range(repeats)]
-    return concatenate(parts, 1.0 / rate_rps, f"{training.name} at {rate_rps:.3g}/s")
+    name = f"{training.name} at {rate_rps:.3g}/s"
+    # Shifted copies wrap round after this time, too.
+    period_s = source.duration_s + 1.0 / source.rate_rps
+    if factor > 1.0:
+        parts = [scale_rate(source, factor * source.rate_rps, seed + number) for number in range(repeats)]
+        return _in_turn(parts, period_s, name)
+    marks = (np.random.default_rng(seed + number).random(len(source)) for number in range(repeats))
+    kept = [np.flatnonzero(mark < factor) for mark in marks]
+    chosen = np.concatenate(kept)
+    passes = np.repeat(np.arange(repeats), [len(indices) for indices in kept])
+    return Trace(
+        source.arrival_s[chosen] + period_s * passes, source.prompt_tokens[chosen], source.output_tokens[chosen], name
+    )
+
+
+def _in_turn(parts: list[Trace], period_s: float, name: str) -> Trace:
+    """Traces one after another, each with its origin ``period_s`` after the last one's."""
+    return Trace(
+        np.concatenate([part.arrival_s + number * period_s for number, part in enumerate(parts)]),
+        np.concatenate([part.prompt_tokens for part in parts]),
+        np.concatenate([part.output_tokens for part in parts]),
+        name,
+    )
 
 
 def delayed(trace: Trace, delay_s: NDArray[np.float64]) -> Trace:

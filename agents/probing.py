@@ -21,6 +21,9 @@ WARMUP_SHARE = 0.1
 BRACKET_STEP = 1.2
 """First factor by which the search for a rate widens; it is squared at every further step."""
 
+GREATEST_STEP = 4.0
+"""Greatest factor: an overloaded instance takes long to simulate."""
+
 SMALLEST_RATE_RPS = 1e-3
 """A class that breaks the SLO even at this rate carries nothing."""
 
@@ -128,7 +131,7 @@ def greatest_rate(
             if rate_rps <= SMALLEST_RATE_RPS:
                 return 0.0, None
             rate_rps = max(rate_rps / factor, SMALLEST_RATE_RPS)
-        factor = min(factor * factor, 8.0)
+        factor = min(factor * factor, GREATEST_STEP)
     while failed_rps > passed_rps * (1.0 + tolerance):
         middle = math.sqrt(passed_rps * failed_rps)
         outcome = probe(middle)

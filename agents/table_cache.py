@@ -1,8 +1,8 @@
 """Class tables on disk: one small JSON file per content hash, written whole or not at all.
 
-The folder is ``$BISCALE_GYM_CACHE``, else ``~/.cache/biscale-gym``. A file is written beside its final name and moved
-there, so that several writers of one entry leave one intact file; what cannot be read, or does not carry its own
-digest, is measured again.
+The folder is the package's own, ``$BISCALE_GYM_CACHE`` or in the user's cache folder. A file is written beside its
+final name and moved there, so that several writers of one entry leave one intact file; what cannot be read, or does not
+carry its own digest, is measured again.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from biscale_gym.config import cache_root
+
 try:
     import fcntl
 except ImportError:  # Windows: two processes then measure the same table, harmlessly.
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "BISCALE_GYM_CACHE"
-
-
-def cache_dir() -> Path:
-    """Folder of this user's cache; it need not exist."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "biscale-gym"
 
 
 def content_key(parts: dict[str, Any]) -> str:
@@ -57,7 +51,7 @@ def _digest(rows: Any) -> str:
 
 
 def _path(kind: str, key: str) -> Path:
-    return cache_dir() / kind / f"{key}.json"
+    return cache_root() / kind / f"{key}.json"
 
 
 def load(kind: str, key: str) -> Any | None:

@@ -74,7 +74,7 @@ def simulate(placement: Path, trace: Path, policy: str, json: str = "-", seed: i
     Args:
         placement: YAML with the instances, the model and the batching preset.
         trace: A recorded trace in any supported format.
-        policy: Name of a controller whose clock policy is used.
+        policy: Name of a controller whose clock policies run, or hold for the clocks of the file.
         json: File for the row as JSON; - prints it.
         seed: Seed of the run.
     """
@@ -82,7 +82,7 @@ def simulate(placement: Path, trace: Path, policy: str, json: str = "-", seed: i
     from biscale_gym.evaluation import compare as comparing
 
     outcome = simulate_file(placement, trace, policy, seed)
-    _write_json(json, comparing.rows_json([outcome.row]))
+    _write_json(json, comparing.rows_json([{**outcome.row, "record": None}]))
     return 0
 
 

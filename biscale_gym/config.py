@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,15 @@ def presets_dir() -> Path:
         if candidate.is_dir():
             return candidate
     raise ConfigError(f"no configs/ folder beside {here} or its parent: the installation is incomplete")
+
+
+def cache_root() -> Path:
+    """Folder of everything this package caches: ``$BISCALE_GYM_CACHE``, else in the user's cache folder."""
+    given = os.environ.get("BISCALE_GYM_CACHE")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "biscale-gym"
 
 
 def preset_names(kind: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from biscale_gym import cli
-from biscale_gym.control import rollout
+from biscale_gym.control import rollout, simulate
 
 from evaluation import fakes  # isort: skip
 
@@ -82,6 +82,7 @@ def test_rows_on_standard_output_have_it_to_themselves(
         ({"--controllers": "nowhere.to:Find"}, "nowhere"),
         ({"--controllers": ","}, "no controller given"),
         ({"--seeds": "0"}, "--seeds 0: at least 1 is needed"),
+        ({"--rate": "nan"}, "rate_rps"),
         ({"--workers": "0"}, "--workers 0: at least 1 is needed"),
         ({"--trace": "missing.csv"}, "missing.csv: cannot be read"),
     ],
@@ -104,7 +105,7 @@ def test_runs_that_all_fail_through_the_input_are_one_line(
     arguments = ["--controllers", "distserve,biscale", "--out", tmp_path / "out"]
     assert call("compare", "--scenario", scenario, *arguments) == 2
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0
+    assert "\n" not in error
     assert "trace.csv:3: lengths must be positive" in error
 
 
@@ -121,6 +122,22 @@ def test_validate_holds_then_tells_what_changed(
     shown = capsys.readouterr().out
     assert "DOES NOT HOLD" in shown
     assert "total_energy_j: recorded" in shown
+
+
+def test_simulate_writes_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def simulate_file(placement: Path, trace: Path, policy: str, seed: int) -> rollout.RunOutcome:
+        asked.append((placement, trace, policy, seed))
+        return fakes.outcome_of(rollout.RunJob(scenario="tiny", controller="distserve", seed=seed))
+
+    monkeypatch.setattr(simulate, "simulate_file", simulate_file)
+    rows = tmp_path / "rows.json"
+    arguments = ["--placement", "p.yaml", "--trace", "t.csv", "--policy", "max-clock", "--seed", "3", "--json", rows]
+    assert call("simulate", *arguments) == 0
+    assert asked == [(Path("p.yaml"), Path("t.csv"), "max-clock", 3)]
+    (row,) = json.loads(rows.read_text())["rows"]
+    assert set(row) >= ROW_KEYS
 
 
 def test_an_altered_record_stops_the_comparison(

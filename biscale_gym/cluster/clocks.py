@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from biscale_gym._jit import compiled
 from biscale_gym.cluster.iteration import clock_in_force
-from biscale_gym.cluster.jit import engine_jit
 from biscale_gym.cluster.primitives import accrue, log_event, lognormal, set_event, set_power, splitmix64
 from biscale_gym.cluster.state import EV_ASK, EV_CLOCK, GONE, LOADING
 
@@ -17,14 +17,14 @@ FIRST_RETURN = 0
 JOB_END = 1
 
 
-@engine_jit
+@compiled
 def _take_effect(st, i, clock):
     st.inst[i].clock_changes += 1
     log_event(st, EV_CLOCK, i, clock)
     clock_in_force(st, i, clock)
 
 
-@engine_jit
+@compiled
 def _serve(st, n, i):
     """The driver of node n begins instance i's job: one call per GPU, back to back."""
     g = st.glob[0]
@@ -48,7 +48,7 @@ def _serve(st, n, i):
     set_power(st, i, inst.power_w, inst.status == LOADING)
 
 
-@engine_jit
+@compiled
 def node_event(st, n):
     """A stage of node n's driver is over: the clock changes, or the job ends and the next begins."""
     node = st.node[n]
@@ -75,7 +75,7 @@ def node_event(st, n):
         _serve(st, n, following)
 
 
-@engine_jit
+@compiled
 def _unqueue(st, i):
     """Drop instance i's job that has not begun."""
     inst = st.inst[i]
@@ -95,14 +95,14 @@ def _unqueue(st, i):
     inst.queued = 0
 
 
-@engine_jit
+@compiled
 def cancel_clock_job(st, i):
     """Forget a job that has not begun (the instance leaves); one being carried out is finished."""
     if st.inst[i].queued:
         _unqueue(st, i)
 
 
-@engine_jit
+@compiled
 def ask_clock(st, i, clock):
     """Ask for a clock; the node's driver brings it about."""
     g = st.glob[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.primitives import delivery_entity, log_event, mark_dirty, set_event
 from biscale_gym.cluster.routing import route
 from biscale_gym.cluster.state import (
@@ -31,7 +31,7 @@ from biscale_gym.cluster.state import (
 _LOW_HALF = (1 << 32) - 1
 
 
-@engine_jit
+@compiled
 def reject(st, r):
     """No instance could ever hold request r."""
     st.req[r].status = REJECTED
@@ -39,13 +39,13 @@ def reject(st, r):
     log_event(st, EV_REJECT, -1, r)
 
 
-@inline_jit
+@inlined
 def _kv_present(req):
     """KV tokens of a request that is (re)joining a batch: its prompt and all generated tokens but the last."""
     return np.int64(req.prompt) + np.int64(req.generated) - 1
 
 
-@engine_jit
+@compiled
 def _enqueue(st, i, r):
     inst = st.inst[i]
     req = st.req[r]
@@ -62,7 +62,7 @@ def _enqueue(st, i, r):
         mark_dirty(st, i)
 
 
-@engine_jit
+@compiled
 def _pop_queue(st, i):
     inst = st.inst[i]
     r = inst.queue_head
@@ -75,7 +75,7 @@ def _pop_queue(st, i):
     return r
 
 
-@engine_jit
+@compiled
 def hand_to_decode(st, r):
     """Route a request whose first token is out. Returns False where no instance of the placement could ever hold it."""
     g = st.glob[0]
@@ -98,7 +98,7 @@ def hand_to_decode(st, r):
     return True
 
 
-@inline_jit
+@inlined
 def _release_prefill(st, r):
     """The prefill side's KV is no longer needed."""
     source = st.req[r].prefill_instance
@@ -109,7 +109,7 @@ def _release_prefill(st, r):
             mark_dirty(st, source)
 
 
-@inline_jit
+@inlined
 def _join(st, i, r):
     inst = st.inst[i]
     req = st.req[r]
@@ -136,7 +136,7 @@ def _join(st, i, r):
     log_event(st, EV_JOIN, i, r)
 
 
-@inline_jit
+@inlined
 def _heap_replace(heap, n, position, key):
     """Put ``key`` at ``position`` of a heap of n keys and let it sink."""
     while True:
@@ -152,7 +152,7 @@ def _heap_replace(heap, n, position, key):
     heap[position] = key
 
 
-@engine_jit
+@compiled
 def _heap_remove(heap, n, r):
     for position in range(n):
         if heap[position] & _LOW_HALF == r:
@@ -166,7 +166,7 @@ def _heap_remove(heap, n, r):
             return
 
 
-@inline_jit
+@inlined
 def _unlink(st, i, r):
     inst = st.inst[i]
     req = st.req[r]
@@ -180,7 +180,7 @@ def _unlink(st, i, r):
     req.next = -1
 
 
-@engine_jit
+@compiled
 def _preempt_last(st, i):
     """The request that joined last leaves the batch and its KV; it waits at the head of the queue."""
     inst = st.inst[i]
@@ -207,7 +207,7 @@ def _preempt_last(st, i):
     log_event(st, EV_PREEMPT, i, r)
 
 
-@engine_jit
+@compiled
 def _transfer(st, i, r):
     """Start the KV transfer of a claimed request; returns when it is delivered (s)."""
     g = st.glob[0]
@@ -224,7 +224,7 @@ def _transfer(st, i, r):
     return end_s + g.transfer_latency_s
 
 
-@engine_jit
+@compiled
 def _claim(st, i):
     """Reserve KV for waiting requests, in order, while they fit (docs/cluster.md, Reservation)."""
     g = st.glob[0]
@@ -267,7 +267,7 @@ def _claim(st, i):
         inst.transit_tokens += present
 
 
-@engine_jit
+@compiled
 def deliver(st, i):
     """The first transfer on its way to instance i is complete."""
     inst = st.inst[i]
@@ -293,7 +293,7 @@ def deliver(st, i):
     inst.ready_n += 1
 
 
-@inline_jit
+@inlined
 def form_decode_batch(st, i):
     """Join, claim, preempt; fill the ``iter_*`` fields. Returns whether there is anything to run."""
     g = st.glob[0]
@@ -321,7 +321,7 @@ def form_decode_batch(st, i):
     return True
 
 
-@inline_jit
+@inlined
 def end_decode(st, i):
     """Every request of the batch has one more token; those that have all of theirs are finished."""
     g = st.glob[0]
@@ -357,7 +357,7 @@ def end_decode(st, i):
         log_event(st, EV_FINISH, i, r)
 
 
-@engine_jit
+@compiled
 def return_waiting(st, i):
     """Hand the unclaimed requests of a draining instance back to the router, in order."""
     inst = st.inst[i]
@@ -373,7 +373,7 @@ def return_waiting(st, i):
         r = following
 
 
-@engine_jit
+@compiled
 def route_pending_decode(st):
     """Try the common queue again: an instance became active."""
     g = st.glob[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.clocks import ask_clock, cancel_clock_job, node_event
 from biscale_gym.cluster.decode import (
@@ -17,7 +18,6 @@ from biscale_gym.cluster.decode import (
     route_pending_decode,
 )
 from biscale_gym.cluster.iteration import begin_iteration, end_iteration, go_idle
-from biscale_gym.cluster.jit import engine_jit, inline_jit
 from biscale_gym.cluster.observe import observe
 from biscale_gym.cluster.prefill import (
     arrive,
@@ -63,7 +63,7 @@ NO_ANSWER = -1
 _NOTHING = -1
 
 
-@engine_jit
+@compiled
 def activate(st, i):
     """Instance i takes requests from now on."""
     inst = st.inst[i]
@@ -74,14 +74,14 @@ def activate(st, i):
     mark_dirty(st, i)
 
 
-@engine_jit
+@compiled
 def route_common_queues(st):
     """Hand the common queues to the routers again: instances became active."""
     route_pending_prefill(st)
     route_pending_decode(st)
 
 
-@engine_jit
+@compiled
 def _take_gpus(st, i):
     g = st.glob[0]
     inst = st.inst[i]
@@ -91,7 +91,7 @@ def _take_gpus(st, i):
     inst.last_s = g.now_s
 
 
-@engine_jit
+@compiled
 def _load(st, i):
     """Instance i takes its GPUs and loads its weights."""
     inst = st.inst[i]
@@ -102,7 +102,7 @@ def _load(st, i):
     set_event(st, iteration_entity(st, i), st.glob[0].now_s + inst.load_s)
 
 
-@engine_jit
+@compiled
 def start_waiting_instances(st, n):
     """Start instances that wait for GPUs of node n, strictly in order, while they fit."""
     for i in range(st.glob[0].instances):
@@ -113,14 +113,14 @@ def start_waiting_instances(st, n):
             _load(st, i)
 
 
-@engine_jit
+@compiled
 def place_at_once(st, i):
     """A new instance takes its GPUs and requests now, whatever else is on the node."""
     _take_gpus(st, i)
     activate(st, i)
 
 
-@engine_jit
+@compiled
 def retire(st, i):
     """Instance i takes no more requests; it drains and leaves."""
     g = st.glob[0]
@@ -137,7 +137,7 @@ def retire(st, i):
     mark_dirty(st, i)
 
 
-@engine_jit
+@compiled
 def return_requests(st, i):
     """What a retired instance has not begun goes back to the routers."""
     if st.inst[i].phase == PREFILL:
@@ -146,7 +146,7 @@ def return_requests(st, i):
         return_waiting(st, i)
 
 
-@engine_jit
+@compiled
 def _leave(st, i):
     """A drained instance gives its GPUs back."""
     g = st.glob[0]
@@ -162,14 +162,14 @@ def _leave(st, i):
     start_waiting_instances(st, inst.node)
 
 
-@inline_jit
+@inlined
 def _is_drained(inst):
     if inst.phase == PREFILL:
         return inst.chunk_request < 0
     return inst.run_n == 0 and inst.transit_n == 0 and inst.queue_n == 0
 
 
-@inline_jit
+@inlined
 def _wake(st, i):
     """Form a batch if there is one to form. Returns the reason for a decision, or -1."""
     inst = st.inst[i]
@@ -200,7 +200,7 @@ def _wake(st, i):
     return f.IDLE
 
 
-@inline_jit
+@inlined
 def _mode(st, i, reason):
     """Who decides: HOLD where nobody wants to be asked."""
     g = st.glob[0]
@@ -213,7 +213,7 @@ def _mode(st, i, reason):
     return g.mode_decode
 
 
-@inline_jit
+@inlined
 def _iteration_event(st, i):
     """The timer of instance i's iteration rang: its end, its overrun, or its loading is done."""
     g = st.glob[0]
@@ -237,7 +237,7 @@ def _iteration_event(st, i):
         end_decode(st, i)
 
 
-@engine_jit
+@compiled
 def _answer(st, clock):
     """Carry out the answer to the pending decision; False where the clock does not exist."""
     g = st.glob[0]
@@ -254,7 +254,7 @@ def _answer(st, clock):
     return True
 
 
-@engine_jit
+@compiled
 def advance(st, prefill_policy, decode_policy, until_s, answer):
     """Run events before ``until_s``, in order.
 

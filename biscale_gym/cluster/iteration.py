@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.primitives import iteration_entity, set_event, set_power
 from biscale_gym.cluster.state import HOLD, LOADING, PREFILL
 from biscale_gym.profiles.kernels import decode_cost, idle_power_w, iteration_cost, iteration_latency
 
 
-@inline_jit
+@inlined
 def _cost(model, clock, inst):
     if inst.iter_tokens == 0.0:
         return decode_cost(model, clock, inst.iter_batch, inst.iter_kv)
     return iteration_cost(model, clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
 
 
-@engine_jit
+@compiled
 def _predicted_full_s(st, inst):
     model = st.predicted[inst.predicted_start : inst.predicted_stop]
     return iteration_latency(model, inst.clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
 
 
-@inline_jit
+@inlined
 def _schedule(st, i, inst):
     """Set the timer to the iteration's end, or to its overrun where that comes first."""
     g = st.glob[0]
@@ -41,7 +41,7 @@ def _schedule(st, i, inst):
         set_event(st, entity, inst.end_s)
 
 
-@inline_jit
+@inlined
 def begin_iteration(st, i):
     """Start the iteration described by the instance's ``iter_*`` fields at the clock in force."""
     g = st.glob[0]
@@ -60,7 +60,7 @@ def begin_iteration(st, i):
     _schedule(st, i, inst)
 
 
-@engine_jit
+@compiled
 def clock_in_force(st, i, clock):
     """The new clock holds from now on; a running iteration's remaining work is rescaled."""
     g = st.glob[0]
@@ -83,7 +83,7 @@ def clock_in_force(st, i, clock):
     _schedule(st, i, inst)
 
 
-@inline_jit
+@inlined
 def end_iteration(st, i):
     """Close the running iteration: what it took and what was predicted become the last observation."""
     g = st.glob[0]
@@ -95,7 +95,7 @@ def end_iteration(st, i):
     set_event(st, iteration_entity(st, i), np.inf)
 
 
-@engine_jit
+@compiled
 def go_idle(st, i):
     """The instance computes nothing from now on."""
     inst = st.inst[i]

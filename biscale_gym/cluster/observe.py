@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster import features as f
-from biscale_gym.cluster.jit import engine_jit, inline_jit
 from biscale_gym.cluster.state import PREFILL
 
 
-@engine_jit
+@compiled
 def _put_batch(obs, j, tokens, sum_sq, oldest_arrival_s):
     at = f.BATCH_FIRST + f.BATCH_STRIDE * j
     obs[at + f.BATCH_TOKENS] = tokens
@@ -20,7 +20,7 @@ def _put_batch(obs, j, tokens, sum_sq, oldest_arrival_s):
     obs[at + f.BATCH_OLDEST_ARRIVAL_S] = oldest_arrival_s
 
 
-@engine_jit
+@compiled
 def _project_batches(st, i, obs):
     """The running (or next) batch and the queue, cut into future batches by the scheduler's own rule."""
     g = st.glob[0]
@@ -65,7 +65,7 @@ def _project_batches(st, i, obs):
     obs[f.BATCHES] = batches
 
 
-@inline_jit
+@inlined
 def observe(st, i, reason):
     """Write instance i's features into ``st.obs``."""
     g = st.glob[0]

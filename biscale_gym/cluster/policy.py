@@ -1,6 +1,6 @@
 """Compiled clock policies: the one signature that the engine calls at every decision point.
 
-``policy(obs, memory, params, model) -> clock index``
+``function(obs, memory, params, model) -> clock index``
 
 - ``obs`` float64[features.SIZE]: this decision's features (biscale_gym.cluster.features).
 - ``memory`` float64[MEMORY_SIZE]: private to the instance, zero at the start, part of every snapshot.
@@ -13,7 +13,11 @@ on disk, so a new policy costs its own compilation only.
 
 from __future__ import annotations
 
-from numba import njit, types
+from typing import Any
+
+from numba import types
+
+from biscale_gym._jit import compiled_as
 
 MEMORY_SIZE = 32
 
@@ -22,7 +26,11 @@ POLICY_SIGNATURE = types.int64(_VECTOR, _VECTOR, _VECTOR, _VECTOR)
 POLICY_TYPE = types.FunctionType(POLICY_SIGNATURE)
 
 
-@njit(POLICY_SIGNATURE, cache=True)
+policy: Any = compiled_as(POLICY_SIGNATURE)
+"""Decorator of a compiled policy that creates no array; ``numba.njit(POLICY_SIGNATURE, cache=True)`` serves any other."""
+
+
+@policy
 def hold(obs, memory, params, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Keep the clock last asked for."""
     return int(obs[3])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from biscale_gym._jit import compiled
 from biscale_gym.cluster.decode import hand_to_decode, reject
-from biscale_gym.cluster.jit import engine_jit
 from biscale_gym.cluster.primitives import log_event, mark_dirty
 from biscale_gym.cluster.routing import route
 from biscale_gym.cluster.state import (
@@ -24,7 +24,7 @@ from biscale_gym.cluster.state import (
 )
 
 
-@engine_jit
+@compiled
 def _enqueue(st, i, r):
     g = st.glob[0]
     inst = st.inst[i]
@@ -45,7 +45,7 @@ def _enqueue(st, i, r):
         mark_dirty(st, i)
 
 
-@engine_jit
+@compiled
 def hand_to_prefill(st, r):
     """Route a prompt, or put it in the common queue."""
     g = st.glob[0]
@@ -66,7 +66,7 @@ def hand_to_prefill(st, r):
     g.pending_prefill_tail = r
 
 
-@engine_jit
+@compiled
 def arrive(st, r):
     """Request r enters the cluster."""
     g = st.glob[0]
@@ -88,7 +88,7 @@ def arrive(st, r):
     hand_to_prefill(st, r)
 
 
-@engine_jit
+@compiled
 def _finish(st, i, r):
     g = st.glob[0]
     st.req[r].finish_s = g.now_s
@@ -97,7 +97,7 @@ def _finish(st, i, r):
     log_event(st, EV_FINISH, i, r)
 
 
-@engine_jit
+@compiled
 def _append_to_batch(st, i, r):
     inst = st.inst[i]
     st.req[r].next = -1
@@ -109,7 +109,7 @@ def _append_to_batch(st, i, r):
     inst.batch_n += 1
 
 
-@engine_jit
+@compiled
 def form_prefill_batch(st, i):
     """Take prompts from the queue by the batching rule; fill the ``iter_*`` fields. Returns whether there is a batch."""
     g = st.glob[0]
@@ -164,7 +164,7 @@ def form_prefill_batch(st, i):
     return True
 
 
-@engine_jit
+@compiled
 def end_prefill(st, i):
     """First tokens are out; requests go on to decode."""
     g = st.glob[0]
@@ -190,7 +190,7 @@ def end_prefill(st, i):
         r = following
 
 
-@engine_jit
+@compiled
 def return_queue(st, i):
     """Hand the prompts that a draining instance has not begun back to the router, in order."""
     inst = st.inst[i]
@@ -205,7 +205,7 @@ def return_queue(st, i):
         r = following
 
 
-@engine_jit
+@compiled
 def route_pending_prefill(st):
     """Try the common queue again: an instance became active."""
     g = st.glob[0]

@@ -13,11 +13,11 @@ import math
 
 import numpy as np
 
-from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.state import ACTIVE, BUSY, DRAINING, IDLE, LOADING, LOADING_WEIGHTS, SWITCHING
 
 
-@inline_jit
+@inlined
 def set_event(st, entity, time_s):
     """Set an entity's timer (inf: none) and replay its matches up the tree."""
     tree_s, tree_entity = st.tree_s, st.tree_entity
@@ -35,20 +35,20 @@ def set_event(st, entity, time_s):
         position >>= 1
 
 
-@inline_jit
+@inlined
 def iteration_entity(st, i):
     """Timer of the end of instance i's iteration, its overrun, or its loading."""
     g = st.glob[0]
     return g.nodes + g.capacity + i
 
 
-@inline_jit
+@inlined
 def delivery_entity(st, i):
     """Timer of the next KV delivery to instance i."""
     return st.glob[0].nodes + i
 
 
-@inline_jit
+@inlined
 def accrue(st, i):
     """Book instance i's joules and seconds up to now."""
     inst = st.inst[i]
@@ -60,7 +60,7 @@ def accrue(st, i):
     inst.last_s = now_s
 
 
-@inline_jit
+@inlined
 def set_power(st, i, power_w, loading):
     """From now on instance i (all its GPUs) draws ``power_w``; what it drew until now is booked."""
     accrue(st, i)
@@ -76,7 +76,7 @@ def set_power(st, i, power_w, loading):
         inst.bucket = IDLE
 
 
-@engine_jit
+@compiled
 def accrue_unallocated(st):
     """Book the idle power of GPUs that belong to no instance up to now."""
     g = st.glob[0]
@@ -85,7 +85,7 @@ def accrue_unallocated(st):
     g.unallocated_last_s = g.now_s
 
 
-@engine_jit
+@compiled
 def accrue_all(st):
     """Book everything up to now, so that the ledger can be read."""
     for i in range(st.glob[0].instances):
@@ -94,7 +94,7 @@ def accrue_all(st):
     accrue_unallocated(st)
 
 
-@inline_jit
+@inlined
 def mark_dirty(st, i):
     """Wake instance i at the end of this instant."""
     inst = st.inst[i]
@@ -108,7 +108,7 @@ def mark_dirty(st, i):
         g.dirty_n += 1
 
 
-@inline_jit
+@inlined
 def log_event(st, kind, instance, subject):
     """Append to the event log while it has room."""
     g = st.glob[0]
@@ -121,7 +121,7 @@ def log_event(st, kind, instance, subject):
         g.log_n += 1
 
 
-@engine_jit
+@compiled
 def splitmix64(x):
     """One step of the SplitMix64 generator (Steele, Lea, Flood 2014): (next state, 64 random bits)."""
     x = np.uint64(x + np.uint64(0x9E3779B97F4A7C15))
@@ -131,14 +131,14 @@ def splitmix64(x):
     return x, np.uint64(z ^ (z >> np.uint64(31)))
 
 
-@engine_jit
+@compiled
 def uniform(x):
     """(next state, a double in (0, 1])."""
     x, bits = splitmix64(x)
     return x, (np.float64(bits >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)
 
 
-@engine_jit
+@compiled
 def lognormal(x, median, sigma):
     """(next state, a draw with this median and log-space deviation), by Box and Muller; two uniforms a draw."""
     x, u = uniform(x)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from biscale_gym.cluster.jit import engine_jit, inline_jit
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.primitives import uniform
 from biscale_gym.cluster.state import ACTIVE, LEAST_LOADED, POWER_OF_TWO, PREFILL, SHORTEST_QUEUE, WEIGHTED_ROUND_ROBIN
 
 
-@inline_jit
+@inlined
 def _before(st, a, b):
     pass_a, pass_b = st.inst[a].route_pass, st.inst[b].route_pass
     return pass_a < pass_b or (pass_a == pass_b and a < b)
 
 
-@engine_jit
+@compiled
 def _sift_down(st, heap, n, position):
     moved = heap[position]
     while True:
@@ -34,7 +34,7 @@ def _sift_down(st, heap, n, position):
     heap[position] = moved
 
 
-@engine_jit
+@compiled
 def _sift_up(st, heap, position):
     moved = heap[position]
     while position > 0:
@@ -46,13 +46,13 @@ def _sift_up(st, heap, position):
     heap[position] = moved
 
 
-@engine_jit
+@compiled
 def _size(st, phase):
     g = st.glob[0]
     return g.route_n_prefill if phase == PREFILL else g.route_n_decode
 
 
-@engine_jit
+@compiled
 def _resize(st, phase, by):
     g = st.glob[0]
     if phase == PREFILL:
@@ -61,7 +61,7 @@ def _resize(st, phase, by):
         g.route_n_decode += by
 
 
-@engine_jit
+@compiled
 def router_add(st, i):
     """Instance i takes requests from now on; it starts level with the least served of its phase."""
     inst = st.inst[i]
@@ -73,7 +73,7 @@ def router_add(st, i):
     _sift_up(st, heap, n)
 
 
-@engine_jit
+@compiled
 def router_remove(st, i):
     """Instance i takes no more requests."""
     phase = st.inst[i].phase
@@ -89,13 +89,13 @@ def router_remove(st, i):
             return
 
 
-@inline_jit
+@inlined
 def _can_hold(st, i, tokens):
     inst = st.inst[i]
     return inst.status == ACTIVE and inst.kv_capacity >= tokens
 
 
-@engine_jit
+@compiled
 def _weighted_round_robin(st, phase, tokens):
     """Stride scheduling: the least pass goes first and is raised by 1/weight."""
     heap = st.route_heap[phase]
@@ -115,7 +115,7 @@ def _weighted_round_robin(st, phase, tokens):
     return chosen
 
 
-@engine_jit
+@compiled
 def _load(st, i, router):
     inst = st.inst[i]
     if router == SHORTEST_QUEUE:
@@ -130,7 +130,7 @@ def _load(st, i, router):
     return inst.queue_n
 
 
-@engine_jit
+@compiled
 def _least(st, phase, tokens, router):
     best = -1
     least = np.int64(0)
@@ -142,7 +142,7 @@ def _least(st, phase, tokens, router):
     return best
 
 
-@engine_jit
+@compiled
 def _pick_random(st, phase, tokens, able, other):
     """The k-th able instance (k uniform over ``able`` of them), never ``other``."""
     g = st.glob[0]
@@ -156,7 +156,7 @@ def _pick_random(st, phase, tokens, able, other):
     return -1
 
 
-@engine_jit
+@compiled
 def _power_of_two(st, phase, tokens):
     able = 0
     for i in range(st.glob[0].instances):
@@ -174,7 +174,7 @@ def _power_of_two(st, phase, tokens):
     return first
 
 
-@engine_jit
+@compiled
 def route(st, phase, tokens):
     """The active instance of a phase that takes a request of ``tokens`` KV tokens; -1 where none can."""
     g = st.glob[0]

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from biscale_gym.config import validate
 from biscale_gym.control.rollout import RunJob, RunOutcome
 from biscale_gym.evaluation.faults import EvaluationError, Fault
 from biscale_gym.evaluation.fingerprint import fingerprint
@@ -44,6 +45,7 @@ def jobs_of(
 
     Raises:
         EvaluationError: a list is empty or names something twice, or there are no seeds.
+        ConfigError: a value is out of range.
     """
     for what, names in (("scenario", scenarios), ("controller", controllers)):
         if not names:
@@ -53,8 +55,9 @@ def jobs_of(
             raise EvaluationError(f"{what} {twice[0]!r} is given twice")
     if seeds < 1:
         raise EvaluationError(f"--seeds {seeds}: at least 1 is needed")
+    common = {"trace": trace, "rate_rps": rate_rps, "split": split}
     return [
-        RunJob(scenario=scenario, controller=controller, seed=seed, trace=trace, rate_rps=rate_rps, split=split)
+        validate(RunJob, {**common, "scenario": scenario, "controller": controller, "seed": seed}, "compare")
         for scenario in scenarios
         for seed in range(seeds)
         for controller in controllers
@@ -141,4 +144,4 @@ def _key(job: RunJob) -> str:
 
 def _progress(console: Console) -> Progress:
     columns: list[Any] = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")]
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -6,6 +6,7 @@ imported only when a plot is asked for, and draws without a display.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY, _YELLOW = (
 _GREY = "#9A9A9A"
 _WIDEST_IN_SLO = 3.0
 _LABELLED_ROWS = 16
+_COLUMNS = 180
+_LEAST_CLOCK = 0.3
 _LINES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW, "#000000")
 _DASHES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _STYLE: Any = {
@@ -97,7 +100,7 @@ def energy_bars(own: Sequence[Summary]) -> Any:
         ("computing", _GREEN, [_computing(s) for s in own]),
         ("idle", _SKY, [s.mean("idle_energy_j") for s in own]),
         ("loading weights", _PURPLE, [s.mean("loading_energy_j") for s in own]),
-        ("switching clocks", _VERMILION, [s.mean("switching_energy_j") for s in own]),
+        ("while switching clocks", _VERMILION, [s.mean("switching_energy_j") for s in own]),
         ("unallocated", _GREY, [s.mean("unallocated_energy_j") for s in own]),
     ]
     figure, panels = plt.subplots(1, 2, figsize=(4.6 + 1.5 * len(own), 4.2), sharey=True, layout="constrained")
@@ -126,7 +129,7 @@ def _stack(panel: Any, own: Sequence[Summary], parts: list[tuple[str, str, Float
         ratio = summary.ratios.get("total_energy_j")
         saving = "" if ratio is None or summary.controller == REFERENCE else f"\n{100 * (ratio.value - 1):+.1f} %"
         panel.annotate(
-            f"{joules:.3g}{saving}".replace("-", "−"),
+            f"{joules:#.3g}{saving}".replace("-", "−"),
             (index, joules),
             (0, 3),
             textcoords="offset points",
@@ -202,6 +205,7 @@ def timelines(summary: Summary, timeline: Mapping[str, npt.NDArray[Any]]) -> Any
 
     labels = [str(label) for label in timeline["label"]]
     phases = [[i for i, label in enumerate(labels) if label.startswith(phase)] for phase in ("prefill", "decode")]
+    edges_s, starts = _bins(np.asarray(timeline["time_s"], dtype=np.float64))
     quantities = (
         ("clock_mhz", "SM clock (MHz)", "viridis"),
         ("queue", "waiting (requests)", "magma_r"),
@@ -212,35 +216,46 @@ def timelines(summary: Summary, timeline: Mapping[str, npt.NDArray[Any]]) -> Any
     figure, panels = plt.subplots(
         len(quantities), 2, figsize=(12.5, height), sharex=True, squeeze=False, layout="constrained"
     )
-    seed = summary.records[0].row["seed"]
-    figure.suptitle(f"{Path(summary.scenario).stem} on {summary.trace}: {summary.controller}, seed {seed}", fontsize=11)
-    for row, (key, title, colours) in enumerate(quantities):
-        values = np.asarray(timeline[key], dtype=np.float64)
-        span = (np.nanmin(values), np.nanmax(values)) if key == "clock_mhz" and values.size else (None, None)
+    run = f"{summary.controller}, seed {summary.records[0].row['seed']}"
+    width_s = edges_s[1] - edges_s[0]
+    title = f"{Path(summary.scenario).stem} on {summary.trace}: {run}; means of samples over {width_s:.3g} s"
+    figure.suptitle(title, fontsize=11)
+    for row, (key, name, colours) in enumerate(quantities):
+        values = _means(np.asarray(timeline[key], dtype=np.float64), starts)
         for column, instances in enumerate(phases):
             panel = panels[row][column]
-            _heat(panel, figure, np.asarray(timeline["time_s"], dtype=np.float64), values[:, instances], colours, span)
-            shown = range(0, len(instances), -(-len(instances) // _LABELLED_ROWS) or 1)
+            panel.set_title(f"{('prefill', 'decode')[column]}: {name}", loc="left", fontsize=9)
+            if not instances:
+                panel.text(0.5, 0.5, "no instance", transform=panel.transAxes, ha="center", va="center", color=_GREY)
+                continue
+            top = np.nanmax(values if key == "clock_mhz" else values[:, instances])
+            _heat(panel, figure, edges_s, values[:, instances], colours, _LEAST_CLOCK * top * (key == "clock_mhz"), top)
+            shown = range(0, len(instances), math.ceil(len(instances) / _LABELLED_ROWS))
             panel.set_yticks(shown, [labels[instances[i]] for i in shown], fontsize=7)
-            panel.set_title(f"{('prefill', 'decode')[column]}: {title}", loc="left", fontsize=9)
     for panel in panels[-1]:
         panel.set_xlabel("time (s)")
     return figure
 
 
-def _heat(panel: Any, figure: Any, time_s: Floats, values: Floats, colours: str, span: tuple[Any, Any]) -> None:
-    if not values.size:
-        panel.text(0.5, 0.5, "no instance", transform=panel.transAxes, ha="center", va="center", color=_GREY)
-        return
-    step_s = time_s[-1] - time_s[-2] if len(time_s) > 1 else 1.0
+def _bins(time_s: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Columns wide enough to be seen: their edges, seconds, float64[B + 1], and the first sample of each, int64[B]."""
+    starts = np.arange(0, len(time_s), math.ceil(len(time_s) / _COLUMNS), dtype=np.int64)
+    step_s = float(time_s[-1] - time_s[-2]) if len(time_s) > 1 else 1.0
+    return np.append(time_s[starts], time_s[-1] + step_s), starts
+
+
+def _means(values: Floats, starts: npt.NDArray[np.int64]) -> Floats:
+    """Means of the samples [T, I] in each column, [B, I]; NaN where the instance was never there."""
+    there = ~np.isnan(values)
+    count = np.add.reduceat(there.astype(np.float64), starts, axis=0)
+    total = np.add.reduceat(np.where(there, values, 0.0), starts, axis=0)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _heat(panel: Any, figure: Any, edges_s: Floats, values: Floats, colours: str, low: float, high: float) -> None:
+    rows = np.arange(values.shape[1] + 1) - 0.5
     shown = panel.pcolormesh(
-        np.append(time_s, time_s[-1] + step_s),
-        np.arange(values.shape[1] + 1) - 0.5,
-        np.ma.masked_invalid(values.T),
-        cmap=colours,
-        vmin=span[0],
-        vmax=span[1],
-        rasterized=True,
+        edges_s, rows, np.ma.masked_invalid(values.T), cmap=colours, vmin=low, vmax=high or 1.0, rasterized=True
     )
     panel.invert_yaxis()
     panel.tick_params(length=2)

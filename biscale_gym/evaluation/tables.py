@@ -105,7 +105,8 @@ def _energy(own: list[Summary]) -> Grid:
             columns[f"{phase} Δ"] = _saving(f"{phase}_energy_j")
     columns["P99 within SLO"] = lambda s: f"no: {', '.join(s.breaches)}" if s.breaches else "yes"
     columns["requests within"] = lambda s: f"{100 * s.mean('joint_attainment'):.2f} %"
-    return _grid(f"{_title(own)}: energy, and Δ against {REFERENCE}", own, columns)
+    against = f", and Δ against {REFERENCE}" if any(s.ratios for s in own) else ""
+    return _grid(f"{_title(own)}: energy{against}", own, columns)
 
 
 def _use(own: list[Summary]) -> Grid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from biscale_gym.config import validate
 from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.fingerprint import arithmetic_differences, fingerprint, same_arithmetic
 from biscale_gym.evaluation.matrix import Runner, record_of
@@ -47,7 +48,7 @@ def validate_record(record: Record, runner: Runner) -> Validation:
             f"recorded at revision {record.fingerprint.get('git_revision')}, this is {here['git_revision']}"
         )
 
-    job = RunJob.model_validate(record.job)
+    job = validate(RunJob, record.job, f"record {record.id}")
     again, _ = record_of(record.id, job, runner(job))
     for name in sorted(record.row.keys() | again.row.keys()):
         recorded, now = record.row.get(name), again.row.get(name)

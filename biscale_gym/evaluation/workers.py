@@ -1,14 +1,16 @@
 """A few processes that take one job at a time.
 
 Unlike the standard pools, a dead worker costs only its own job and names it, and an interrupt ends the workers at once.
-Workers are started by a fork server that has the runner's module loaded, so none pays for its imports; they ignore the
-terminal's interrupt, which is the parent's to handle, and leave when the parent is gone.
+Workers are started by a fork server that has the runner's module loaded, so none pays for its imports. Each leads a
+process group of its own: the terminal's interrupt reaches the parent alone, which ends the groups. A worker whose
+parent is gone leaves when its run is done.
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -51,7 +53,7 @@ class Workers(Generic[JobT, ResultT]):
 
     def __exit__(self, *exception: object) -> None:
         for worker in self._busy:
-            worker.process.terminate()
+            _end_group(worker.process)
         for worker in self._busy:
             worker.process.join(_GRACE_S)
             if worker.process.is_alive():
@@ -106,8 +108,16 @@ class Workers(Generic[JobT, ResultT]):
         return answer
 
 
+def _end_group(process: ForkServerProcess) -> None:
+    """Ends a worker and what it has started itself (a planner may measure in processes of its own)."""
+    process.terminate()
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
 def _serve(connection: Connection, runner: Callable[[JobT], ResultT]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
     while True:
         try:
             job = connection.recv()

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.profiles import layout as at
 
 Vector = NDArray[np.float64]
@@ -19,7 +20,7 @@ _POWER_TOLERANCE_W = 1e-9
 _MAX_STEPS = 60
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def clock_terms(model: Vector, ghz: float) -> tuple[float, float, float, float, float, float]:
     """Clock-dependent terms of the closed form at any clock.
 
@@ -44,13 +45,13 @@ def clock_terms(model: Vector, ghz: float) -> tuple[float, float, float, float, 
     return fixed_s, token_s, memory_p, compute_p, model[at.ATTENTION_S_GHZ] / tensor_ghz, model[at.KV_S] * inverse_r
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def voltage(model: Vector, ghz: float) -> float:
     """Core voltage relative to the top clock's."""
     return float(max(model[at.VOLTAGE_FLOOR], 1.0 - model[at.VOLTAGE_SLOPE] * (model[at.HIGHEST_GHZ] - ghz)))
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def idle_at(model: Vector, ghz: float) -> float:
     """Idle power per GPU [W] of the closed form at any clock."""
     low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
@@ -59,7 +60,7 @@ def idle_at(model: Vector, ghz: float) -> float:
     return float(model[at.IDLE_W] + model[at.IDLE_SPAN_W] * share)
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def base_and_work(
     model: Vector, ghz: float, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
@@ -77,7 +78,7 @@ def base_and_work(
     return base_w, k * (moved_j + v2 * computed_j)
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def closed_form(
     model: Vector, ghz: float, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
@@ -97,7 +98,7 @@ def closed_form(
     return latency_s, base_w + work_j / latency_s
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def limited(
     model: Vector, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
@@ -129,7 +130,7 @@ def limited(
     return ghz, latency_s
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def at_clock(
     model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float, float]:

@@ -67,13 +67,19 @@ def fit_tables(
     Raises:
         ProfileError: a TP degree lacks prefill, decode or idle rows, or has too few rows for the folds.
     """
+    # Imported first: the limit reaches only the thread pools that are loaded when it is set.
+    import sklearn.ensemble  # noqa: F401
+    from threadpoolctl import threadpool_limits
+
     settings = settings or FitSettings()
     tables: dict[int, ProfileTable] = {}
     errors: list[FitErrors] = []
-    for tp in sorted({int(value) for value in iterations.tp}):
-        own = iterations.rows(iterations.tp == tp)
-        tables[tp] = _fit(own, tp, settings)
-        errors += _cross_validate(own, tp, settings)
+    # Small trees: threads that wait for each other at every node cost more than they bring.
+    with threadpool_limits(1, user_api="openmp"):
+        for tp in sorted({int(value) for value in iterations.tp}):
+            own = iterations.rows(iterations.tp == tp)
+            tables[tp] = _fit(own, tp, settings)
+            errors += _cross_validate(own, tp, settings)
     return tables, errors
 
 

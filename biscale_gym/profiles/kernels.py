@@ -16,37 +16,17 @@ and answers are seconds and watts per GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
-from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.profiles import layout as at
 from biscale_gym.profiles.closed_form import at_clock, limited
 
 Vector = NDArray[np.float64]
 
 
-def _data_pointer(typing_context: Any, array: Any) -> Any:
-    """Pointer to an array's data.
-
-    A call that passes the array itself makes numba count references around the whole caller, an atomic operation at
-    each end that costs more than the look-up. Fast paths therefore hand only this pointer to the slow ones.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
-
-    return types.CPointer(types.float64)(array), codegen  # type: ignore[no-untyped-call]
-
-
-_data: Any = intrinsic(_data_pointer)
-
-
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def _decode_entry(model: Vector, clock: int, batch: float, kv_tokens: float) -> int:
     """Position of the decode entry in the vector."""
     slot = batch
@@ -57,7 +37,7 @@ def _decode_entry(model: Vector, clock: int, batch: float, kv_tokens: float) -> 
     return int(model[at.DECODE] + slot * model[at.BATCH_STRIDE]) + clock * at.ENTRY
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def _look_up(model: Vector, clock: int, batch: float, kv_tokens: float) -> tuple[float, float]:
     """Latency [s] of a decode iteration within the table, and joules above the base power."""
     entry = _decode_entry(model, clock, batch, kv_tokens)
@@ -65,7 +45,7 @@ def _look_up(model: Vector, clock: int, batch: float, kv_tokens: float) -> tuple
     return latency_s, model[entry + at.N0] + model[entry + at.NK] * kv_tokens
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def _continued(model: Vector, clock: int, batch: float, kv_tokens: float) -> tuple[float, float]:
     """As ``_look_up``, the last two rows continued beyond the table."""
     last = min(batch, model[at.MAX_BATCH])
@@ -77,7 +57,7 @@ def _continued(model: Vector, clock: int, batch: float, kv_tokens: float) -> tup
     return latency_s, work_j
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def _cell(model: Vector, first: int, count: int, value: float) -> tuple[int, float]:
     """Cell of ascending knots that holds ``value`` (the outermost reach on), and the share of the cell before it."""
     low, high = 0, count - 1
@@ -91,7 +71,7 @@ def _cell(model: Vector, first: int, count: int, value: float) -> tuple[int, flo
     return low, (value - start) / (model[first + low + 1] - start)
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def _prefill_from_grid(model: Vector, clock: int, prefill_tokens: float, sum_len_sq: float) -> tuple[float, float]:
     """Latency [s] and joules per GPU of a prefill batch, bilinear in its tokens and their mean length ``S2 / m``."""
     rows, columns = int(model[at.PREFILL_TOKEN_KNOTS]), int(model[at.PREFILL_LENGTH_KNOTS])
@@ -109,7 +89,7 @@ def _prefill_from_grid(model: Vector, clock: int, prefill_tokens: float, sum_len
     return latency_s, joules
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
+@inlined
 def _sum_of_parts(
     model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
@@ -130,12 +110,11 @@ def _sum_of_parts(
     return latency_s, joules / latency_s
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _general(
-    data: Any, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+    model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
-    """Latency [s] and power [W] of any iteration, without the short cut; ``data`` points to the compiled profile."""
-    model = carray(data, (at.HEADER,))
+    """Latency [s] and power [W] of any iteration, without the short cut."""
     if model[at.KIND] != at.PARAMETRIC:
         return _sum_of_parts(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq)
     latency_s, base_w, work_j = at_clock(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq)
@@ -145,7 +124,7 @@ def _general(
     return latency_s, power_w
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def decode_cost(model: Vector, clock: int, batch: float, kv_tokens: float) -> tuple[float, float]:
     """Latency [s] and power per GPU [W] of a decode iteration of ``batch`` sequences holding ``kv_tokens`` in total."""
     if batch <= model[at.MAX_BATCH]:
@@ -153,20 +132,20 @@ def decode_cost(model: Vector, clock: int, batch: float, kv_tokens: float) -> tu
         row = at.HEADER + clock * at.ROW
         if work_j <= model[row + at.HEADROOM_W] * latency_s:
             return latency_s, model[row + at.BASE_W] + work_j / latency_s
-    return _general(_data(model), clock, batch, kv_tokens, 0.0, 0.0)
+    return _general(model, clock, batch, kv_tokens, 0.0, 0.0)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def decode_latency(model: Vector, clock: int, batch: float, kv_tokens: float) -> float:
     """Latency [s] of a decode iteration; as ``decode_cost`` without the power."""
     if batch <= model[at.MAX_BATCH]:
         latency_s, work_j = _look_up(model, clock, batch, kv_tokens)
         if work_j <= model[at.HEADER + clock * at.ROW + at.HEADROOM_W] * latency_s:
             return latency_s
-    return _general(_data(model), clock, batch, kv_tokens, 0.0, 0.0)[0]
+    return _general(model, clock, batch, kv_tokens, 0.0, 0.0)[0]
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def iteration_cost(
     model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
@@ -185,10 +164,10 @@ def iteration_cost(
         row = at.HEADER + clock * at.ROW
         if work_j <= model[row + at.HEADROOM_W] * latency_s:
             return latency_s, model[row + at.BASE_W] + work_j / latency_s
-    return _general(_data(model), clock, batch, kv_tokens, prefill_tokens, sum_len_sq)
+    return _general(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def iteration_latency(
     model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> float:
@@ -197,10 +176,10 @@ def iteration_latency(
         latency_s, work_j = _look_up(model, clock, batch, kv_tokens)
         if work_j <= model[at.HEADER + clock * at.ROW + at.HEADROOM_W] * latency_s:
             return latency_s
-    return _general(_data(model), clock, batch, kv_tokens, prefill_tokens, sum_len_sq)[0]
+    return _general(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq)[0]
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def effective_clock_mhz(
     model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> float:
@@ -213,13 +192,13 @@ def effective_clock_mhz(
     return float(1000.0 * ghz)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def idle_power_w(model: Vector, clock: int) -> float:
     """Power per GPU [W] while nothing is computed."""
     return float(model[at.HEADER + clock * at.ROW + at.IDLE])
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def clock_count(model: Vector) -> int:
     """Number of clocks in the profile's list."""
     return int(model[at.CLOCKS])

@@ -93,10 +93,25 @@ def test_restricted_search_stays_in_its_bounds():
     low, high = np.array([1, 2, 0, 3]), np.array([3, 2, 6, 4])
     choice = high.copy()
     loose = np.full(4, 1e9)
-    value = search.least_sum(latency, cost, loose, low, high, choice)
+    value = search.least_sum(latency, cost, loose, low, high, 1e-9, choice)
     expected = [low[j] + int(np.argmin(cost[j, low[j] : high[j] + 1])) for j in range(4)]
     assert choice.tolist() == expected
     assert value == pytest.approx(cost[np.arange(4), expected].sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_leaves_a_plateau(kind):
+    """A power limit makes the upper clocks one and the same: nothing is gained in the first steps, yet it goes on."""
+    rng = np.random.default_rng(6)
+    latency, energy, _ = random_queue(rng, 4, 4)
+    power = np.array([200.0, 300.0, 450.0, 700.0])
+    latency = np.sort(latency, axis=1)[:, ::-1].copy()
+    energy = latency * power
+    limited = [np.hstack([table, np.repeat(table[:, -1:], 3, axis=1)]) for table in (latency, energy)]
+    choice = np.zeros(4, np.int64)
+    assert search.greedy(*limited, np.full(4, 1e9), 90.0, kind, choice)
+    best = [search.objective(latency, energy, 90.0, kind, np.full(4, c)) for c in range(4)]
+    assert search.objective(*limited, 90.0, kind, choice) <= min(best) + 1e-6
 
 
 def test_full_horizon_is_quick_enough_for_a_decision():

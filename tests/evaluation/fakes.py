@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,8 @@ def run(job: RunJob) -> RunOutcome:
     if ask.get("die") == job.controller:
         os._exit(9)
     if ask.get("hang") == job.controller:
+        child = subprocess.Popen(["sleep", "60"])
+        Path(ask["child_in"]).write_text(str(child.pid))
         time.sleep(60.0)
     time.sleep(ask.get("pause_s", 0.0))
     return outcome_of(job)

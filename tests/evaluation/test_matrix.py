@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from biscale_gym.control.rollout import RunJob
 from rich.console import Console
 
+from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.faults import EvaluationError
 from biscale_gym.evaluation.matrix import MatrixResult, fault_messages, jobs_of, run_matrix
 from biscale_gym.evaluation.records import RecordStore
@@ -128,16 +128,23 @@ def start(tmp_path: Path, scenario: str, folder: Path, overrides: dict[str, obje
     )
 
 
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_an_interrupt_leaves_the_finished_records(tmp_path: Path, scenario: str, store: RecordStore) -> None:
-    process = start(tmp_path, scenario, store.folder, {"hang": "biscale"})
+    child = tmp_path / "child"
+    process = start(tmp_path, scenario, store.folder, {"hang": "biscale", "child_in": str(child)})
     deadline = time.monotonic() + 60.0
-    while not store.load() and time.monotonic() < deadline:
+    while not (store.load() and child.exists() and child.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=20)
     interrupted, records, faults = out.split()
     assert (interrupted, faults) == ("True", "0"), err
     assert int(records) == len(store.load()) >= 1
+    assert not is_running(int(child.read_text())), "what a worker had started outlives it"
 
 
 def test_two_comparisons_in_one_folder_write_each_run_once(tmp_path: Path, scenario: str, store: RecordStore) -> None:

@@ -1,0 +1,157 @@
+"""``biscale-gym simulate``: one run of a stated placement, cluster preset and trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from biscale_gym.cluster.placement import InstanceSpec, Placement
+from biscale_gym.cluster.settings import (
+    BatchingSettings,
+    ClusterSettings,
+    ReplacementSettings,
+    Router,
+    RoutingSettings,
+    SloSettings,
+)
+from biscale_gym.cluster.simulator import PhasePolicy
+from biscale_gym.config import ConfigError, Settings, config_hash, load_preset, read_yaml, validate
+from biscale_gym.control.controllers import PlanContext, make_controller
+from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, outcome_of
+from biscale_gym.control.scenario import ScenarioSettings
+from biscale_gym.control.workload import Requests
+from biscale_gym.metrics import TpotDefinition
+from biscale_gym.profiles import Profile, load_profile
+from biscale_gym.traces import read_trace, truncate_to_context
+from biscale_gym.traces.operations import require_duration
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class InstanceGroup(Settings):
+    """``count`` equal instances; ``clock_mhz`` is a clock, or ``max``."""
+
+    phase: Literal["prefill", "decode"]
+    tp: Count
+    clock_mhz: int | Literal["max"] = "max"
+    count: Count = 1
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    pp: Count = 1
+
+
+class SimulationSettings(Settings):
+    """A placement file: instances, the cluster preset they run on, and what of it is replaced."""
+
+    instances: Annotated[tuple[InstanceGroup, ...], Field(min_length=1)]
+    preset: str = "h100-2x8"
+    model: str | None = None
+    precision: Literal["bf16", "fp8"] | None = None
+    router: Router | RoutingSettings | None = None
+    batching: BatchingSettings | None = None
+    decode_iterations: Literal["output-minus-one", "output-length"] | None = None
+    tpot_definition: TpotDefinition = "per-decode-token"
+    switching: str | None = None
+    transfer: str | None = None
+    replacement: ReplacementSettings | None = None
+    nodes: Count | None = None
+    gpus_per_node: Count | None = None
+    slo: SloSettings = SloSettings(ttft_s=0.6, tpot_s=0.1)
+    clocks_mhz: tuple[int, ...] = ()
+    warmup_s: Annotated[float, Field(ge=0)] = 0.0
+    drain_limit_s: Annotated[float, Field(ge=0)] = 3600.0
+
+
+class StatedPlacement:
+    """A controller that keeps one placement; another controller's clock policies may run on it."""
+
+    replan_s: float | None = None
+
+    def __init__(
+        self, placement: Placement, name: str, policies: Callable[[PlanContext], tuple[PhasePolicy | None, ...]] | None
+    ) -> None:
+        self.name = name
+        self._placement = placement
+        self._policies = policies
+
+    def plan(self, context: PlanContext) -> Placement:
+        """The stated placement."""
+        return self._placement
+
+    def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
+        """The borrowed policies, or every instance's own clock."""
+        if self._policies is None:
+            return (None, None)
+        prefill, decode = self._policies(context)
+        return (prefill, decode)
+
+
+def _cluster(settings: SimulationSettings) -> ClusterSettings:
+    """The preset with what the file replaces."""
+    base = load_preset(ClusterSettings, "clusters", settings.preset)
+    names = ("model", "precision", "switching", "transfer", "replacement", "batching", "nodes", "gpus_per_node")
+    changes: dict[str, Any] = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if isinstance(settings.router, RoutingSettings):
+        changes["routing"] = settings.router
+    elif settings.router is not None:
+        changes["routing"] = base.routing.model_copy(update={"prefill": settings.router, "decode": settings.router})
+    if settings.decode_iterations is not None:
+        batching: BatchingSettings = changes.get("batching", base.batching)
+        changes["batching"] = batching.model_copy(update={"decode_iterations": settings.decode_iterations})
+    return base.model_copy(update=changes)
+
+
+def _placement(groups: tuple[InstanceGroup, ...], profile: Profile) -> Placement:
+    specs = []
+    for group in groups:
+        clock = profile.top_clock_mhz if group.clock_mhz == "max" else group.clock_mhz
+        specs += [InstanceSpec(group.phase, group.tp, clock, group.weight, group.pp)] * group.count
+    return Placement(tuple(specs))
+
+
+def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed: int = 0) -> RunOutcome:
+    """Run a placement file on a trace, whole and without planning.
+
+    Args:
+        placement: YAML of SimulationSettings.
+        trace: any supported trace.
+        policy: ``hold`` (every instance keeps the file's clock), or a controller's name, whose clock policies run; ``max-clock``
+            therefore raises every clock to the top.
+        seed: of the cluster's random numbers.
+
+    Raises:
+        ConfigError, TraceError, PlacementError, ClusterError, ControllerError: what is wrong with the input.
+    """
+    settings = validate(SimulationSettings, read_yaml(placement), str(placement))
+    cluster = _cluster(settings)
+    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    stated = _placement(settings.instances, profile)
+    top = profile.top_clock_mhz
+    scenario = ScenarioSettings(
+        description=f"{placement.name} on {trace.name}",
+        workload="recorded",
+        rate_rps=1.0,
+        warmup_s=settings.warmup_s,
+        duration_s=max(1800.0, 2.0 * settings.warmup_s),
+        drain_limit_s=settings.drain_limit_s,
+        slo=settings.slo,
+        cluster=cluster,
+        clocks_mhz=tuple(sorted(set(settings.clocks_mhz) or {spec.clock_mhz for spec in stated.instances} | {top})),
+        top_clock_mhz=top,
+        tpot_definition=settings.tpot_definition,
+    )
+    requests = truncate_to_context(read_trace(trace), profile.context_tokens)
+    if settings.warmup_s > 0.0:
+        require_duration(requests, settings.warmup_s, "the warm-up")
+    policies = None if policy == "hold" else make_controller(policy).policies
+    controller = StatedPlacement(stated, policy, policies)
+    rate_rps = requests.rate_rps if len(requests) > 1 else 0.0
+    rollout = Rollout(controller, scenario, Requests(requests, requests, rate_rps), seed, profile)
+    counted = rollout.run()
+    job = RunJob(scenario=str(placement), controller=policy, seed=seed, trace=str(trace))
+    return outcome_of(rollout, counted, job, config_hash(scenario))
+
+
+__all__ = ["ConfigError", "SimulationSettings", "simulate_file"]
