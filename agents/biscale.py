@@ -53,7 +53,7 @@ class BiScale:
     def __init__(self, preset: str = "biscale", **changes: Any) -> None:
         self.settings = load_settings(BiScaleSettings, preset, changes)
         self.tier1 = Tier1(self.settings.tier1)
-        self.replan_s: float | None = self.settings.tier1.replan_s
+        self.replans = True
 
     @property
     def notes(self) -> list[str]:

@@ -1,8 +1,8 @@
 """Tier 1: which instances serve the next window.
 
-Class tables (:mod:`agents.classes`) say what an instance of each phase, TP degree and clock carries within the SLO and
-at what cost; an integer programme (:mod:`agents.milp`) takes the cheapest counts that carry the forecast with a
-margin. The forecast is the last window's mean rate. Requests are routed in proportion to R_c.
+Class tables (:mod:`biscale_gym.planning.classes`) say what an instance of each phase, TP degree and clock carries
+within the SLO and at what cost; an integer programme (:mod:`agents.milp`) takes the cheapest counts that carry the
+forecast with a margin. The forecast is the last window's mean rate. Requests are routed in proportion to R_c.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agents.classes import Column, InstanceClass, Measurement, class_table, fitting_degrees
 from agents.milp import Counts, Room, choose_counts
 from agents.settings import Tier1Settings
 from biscale_gym.cluster.placement import PHASES, Placement
 from biscale_gym.cluster.simulator import lowest_idle_power_w
 from biscale_gym.control.controllers import PlanContext
+from biscale_gym.planning.classes import Column, InstanceClass, Measurement, class_table, fitting_degrees
 
 
 def measurement_of(context: PlanContext, settings: Tier1Settings) -> Measurement:

@@ -74,7 +74,6 @@ class Tier1Settings(Settings):
     """Capacity kept above the forecast rate, the paper's alpha."""
     count_unallocated: bool = False
     """Whether the idle power of GPUs that no instance takes is part of the objective."""
-    replan_s: float = Field(default=300.0, gt=0.0)
     requests_per_probe: int = Field(default=10_000, ge=100)
     warmup_s: float = Field(default=30.0, ge=0.0)
     """Start of a probe that is simulated but not counted."""

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from agents.classes import Column, InstanceClass, Measurement, class_table, fitting_degrees
 from baselines.errors import BaselineError
 from biscale_gym.cluster.placement import PHASES, Phase, Placement, PlacementError, layout
 from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.config import Settings, validate
 from biscale_gym.control.controllers import PlanContext
+from biscale_gym.planning.classes import Column, InstanceClass, Measurement, class_table, fitting_degrees
 
 
 class DistServeSettings(Settings):
@@ -35,8 +35,8 @@ class DistServeSettings(Settings):
     node_affinity: Literal["high", "low"] = "high"
     """``high``: links between nodes are fast enough for KV; ``low``: prefill and decode share nodes."""
     pipeline_stages: tuple[int, ...] = (1, 2, 4)
-    replan_s: float | None = Field(default=None, gt=0.0)
-    """Plan anew so often, for the last window's rate; None plans once, for the run's mean rate."""
+    replan: bool = False
+    """Plan every window anew, for the last one's rate; otherwise once, for the run's mean rate."""
     requests_per_probe: int = Field(default=10_000, ge=100)
     warmup_s: float = Field(default=30.0, ge=0.0)
     rate_tolerance: float = Field(default=0.02, gt=0.0, lt=0.5)
@@ -162,7 +162,7 @@ class DistServe:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = validate(DistServeSettings, settings, "controller 'distserve'")
-        self.replan_s = self.settings.replan_s
+        self.replans = self.settings.replan
         self.notes: list[str] = []
         self._table: tuple[InstanceClass, ...] | None = None
 
@@ -208,7 +208,7 @@ class DistServe:
         Raises:
             BaselineError: no configuration meets the SLO, or nothing fits on the cluster.
         """
-        rate_rps = context.mean_rate_rps if self.replan_s is None else context.last_rate_rps
+        rate_rps = context.last_rate_rps if self.replans else context.mean_rate_rps
         search = replicate if self.settings.node_affinity == "high" else replicate_units
         placement, share = search(self.table(context), context.scenario.cluster, rate_rps)
         if share < 1.0:

@@ -25,7 +25,7 @@ class MaxClock:
 
     def __init__(self, **settings: Any) -> None:
         self._planner = Planner(validate(PlacementSettings, settings, "controller 'max-clock'"))
-        self.replan_s = self._planner.replan_s
+        self.replans = self._planner.replans
 
     @property
     def notes(self) -> list[str]:

@@ -26,7 +26,7 @@ class PlaceOnly:
 
     def __init__(self, preset: str = "biscale", **changes: Any) -> None:
         self.tier1 = Tier1(load_settings(BiScaleSettings, preset, {"tier1": changes}).tier1)
-        self.replan_s: float | None = self.tier1.settings.replan_s
+        self.replans = True
 
     @property
     def notes(self) -> list[str]:

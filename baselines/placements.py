@@ -47,9 +47,9 @@ class Planner:
         self._planner: Controller | None = None if self._given else planners[settings.planner]()
 
     @property
-    def replan_s(self) -> float | None:
+    def replans(self) -> bool:
         """As the planner has it; a given placement stays."""
-        return None if self._planner is None else self._planner.replan_s
+        return self._planner is not None and self._planner.replans
 
     @property
     def notes(self) -> list[str]:

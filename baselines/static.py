@@ -33,7 +33,7 @@ class Static:
     def __init__(self, **settings: Any) -> None:
         self.settings = validate(StaticSettings, settings, "controller 'static'")
         self._planner = Planner(self.settings)
-        self.replan_s = self._planner.replan_s
+        self.replans = self._planner.replans
 
     @property
     def notes(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Every setting of the project: frozen pydantic models, and the presets in ``configs/`` that fill them.
 
-A setting's unit is in its name. Unknown keys are errors that name the nearest valid one. ``config_hash`` identifies a resolved
-configuration beside every result.
+A setting's unit is in its name. Unknown keys are errors that name the nearest valid one. ``config_hash`` identifies a
+resolved configuration beside every result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is read off a ledger: latencies, SLO attainment, joules. Environments, evaluation and live workers all use this module."""
+"""What is read off a ledger: latencies, SLO attainment, joules; for environments, evaluation and live workers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def ttft_s(requests: RequestLedger, overhead_s: float = 0.0) -> FloatArray:
 def tpot_s(requests: RequestLedger, definition: TpotDefinition = "per-decode-token") -> FloatArray:
     """Time per output token: (last token − first token) / (output tokens − 1); float64[R].
 
-    NaN for requests of one output token, which have none, and for unfinished ones. ``per-output-token`` divides by the output
-    tokens instead, as some simulators do.
+    NaN for requests of one output token, which have none, and for unfinished ones. ``per-output-token`` divides by the
+    output tokens instead, as some simulators do.
     """
     span_s = requests.finish_s - requests.first_token_s
     if definition == "per-output-token":
@@ -40,7 +40,8 @@ class Counted:
     """The part of a run that counts.
 
     Attributes:
-        start_s, end_s: requests that arrive in [start_s, end_s] are judged; joules and tokens of [start_s, end_s) are counted.
+        start_s, end_s: requests that arrive in [start_s, end_s] are judged; joules and tokens of [start_s, end_s) are
+            counted.
         energy: the instances' ledger between the two times.
     """
 

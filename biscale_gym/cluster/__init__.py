@@ -1,2 +1,1 @@
 """The trace-driven model of a prefill/decode-disaggregated cluster: placement, compiled engine, ledger."""
-

@@ -1,7 +1,6 @@
 """Clock switching: a node's driver carries out one instance's calls at a time (docs/cluster.md, Clocks)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import numpy as np
 from biscale_gym._jit import compiled
 from biscale_gym.cluster.iteration import clock_in_force
 from biscale_gym.cluster.primitives import accrue, log_event, lognormal, set_event, set_power, splitmix64
-from biscale_gym.cluster.state import EV_ASK, EV_CLOCK, GONE, LOADING
+from biscale_gym.cluster.state import EV_ASK, EV_CLOCK, GONE, LOADING, State
 
 # Stages of a node's driver.
 FIRST_RETURN = 0
@@ -18,14 +17,14 @@ JOB_END = 1
 
 
 @compiled
-def _take_effect(st, i, clock):
+def _take_effect(st: State, i: int, clock: int) -> None:
     st.inst[i].clock_changes += 1
     log_event(st, EV_CLOCK, i, clock)
     clock_in_force(st, i, clock)
 
 
 @compiled
-def _serve(st, n, i):
+def _serve(st: State, n: int, i: int) -> None:
     """The driver of node n begins instance i's job: one call per GPU, back to back."""
     g = st.glob[0]
     node = st.node[n]
@@ -49,7 +48,7 @@ def _serve(st, n, i):
 
 
 @compiled
-def node_event(st, n):
+def node_event(st: State, n: int) -> None:
     """A stage of node n's driver is over: the clock changes, or the job ends and the next begins."""
     node = st.node[n]
     i = node.serving
@@ -76,7 +75,7 @@ def node_event(st, n):
 
 
 @compiled
-def _unqueue(st, i):
+def _unqueue(st: State, i: int) -> None:
     """Drop instance i's job that has not begun."""
     inst = st.inst[i]
     node = st.node[inst.node]
@@ -96,14 +95,14 @@ def _unqueue(st, i):
 
 
 @compiled
-def cancel_clock_job(st, i):
+def cancel_clock_job(st: State, i: int) -> None:
     """Forget a job that has not begun (the instance leaves); one being carried out is finished."""
     if st.inst[i].queued:
         _unqueue(st, i)
 
 
 @compiled
-def ask_clock(st, i, clock):
+def ask_clock(st: State, i: int, clock: int) -> None:
     """Ask for a clock; the node's driver brings it about."""
     g = st.glob[0]
     inst = st.inst[i]

@@ -1,9 +1,10 @@
 """Decode instances: claims, transfers, continuous batching, preemption by recompute."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +27,14 @@ from biscale_gym.cluster.state import (
     RECOMPUTING,
     REJECTED,
     WAITING_DECODE,
+    State,
 )
 
 _LOW_HALF = (1 << 32) - 1
 
 
 @compiled
-def reject(st, r):
+def reject(st: State, r: int) -> None:
     """No instance could ever hold request r."""
     st.req[r].status = REJECTED
     st.glob[0].rejected += 1
@@ -40,13 +42,13 @@ def reject(st, r):
 
 
 @inlined
-def _kv_present(req):
+def _kv_present(req: Any) -> int:
     """KV tokens of a request that is (re)joining a batch: its prompt and all generated tokens but the last."""
     return np.int64(req.prompt) + np.int64(req.generated) - 1
 
 
 @compiled
-def _enqueue(st, i, r):
+def _enqueue(st: State, i: int, r: int) -> None:
     inst = st.inst[i]
     req = st.req[r]
     req.decode_instance = i
@@ -63,7 +65,7 @@ def _enqueue(st, i, r):
 
 
 @compiled
-def _pop_queue(st, i):
+def _pop_queue(st: State, i: int) -> int:
     inst = st.inst[i]
     r = inst.queue_head
     inst.queue_head = st.req[r].next
@@ -76,7 +78,7 @@ def _pop_queue(st, i):
 
 
 @compiled
-def hand_to_decode(st, r):
+def hand_to_decode(st: State, r: int) -> bool:
     """Route a request whose first token is out. Returns False where no instance of the placement could ever hold it."""
     g = st.glob[0]
     req = st.req[r]
@@ -99,7 +101,7 @@ def hand_to_decode(st, r):
 
 
 @inlined
-def _release_prefill(st, r):
+def _release_prefill(st: State, r: int) -> None:
     """The prefill side's KV is no longer needed."""
     source = st.req[r].prefill_instance
     if source >= 0:
@@ -110,7 +112,7 @@ def _release_prefill(st, r):
 
 
 @inlined
-def _join(st, i, r):
+def _join(st: State, i: int, r: int) -> None:
     inst = st.inst[i]
     req = st.req[r]
     g = st.glob[0]
@@ -137,7 +139,7 @@ def _join(st, i, r):
 
 
 @inlined
-def _heap_replace(heap, n, position, key):
+def _heap_replace(heap: Any, n: int, position: int, key: int) -> None:
     """Put ``key`` at ``position`` of a heap of n keys and let it sink."""
     while True:
         child = 2 * position + 1
@@ -153,7 +155,7 @@ def _heap_replace(heap, n, position, key):
 
 
 @compiled
-def _heap_remove(heap, n, r):
+def _heap_remove(heap: Any, n: int, r: int) -> None:
     for position in range(n):
         if heap[position] & _LOW_HALF == r:
             last = heap[n - 1]
@@ -167,7 +169,7 @@ def _heap_remove(heap, n, r):
 
 
 @inlined
-def _unlink(st, i, r):
+def _unlink(st: State, i: int, r: int) -> None:
     inst = st.inst[i]
     req = st.req[r]
     if req.prev >= 0:
@@ -181,7 +183,7 @@ def _unlink(st, i, r):
 
 
 @compiled
-def _preempt_last(st, i):
+def _preempt_last(st: State, i: int) -> None:
     """The request that joined last leaves the batch and its KV; it waits at the head of the queue."""
     inst = st.inst[i]
     r = inst.run_tail
@@ -208,7 +210,7 @@ def _preempt_last(st, i):
 
 
 @compiled
-def _transfer(st, i, r):
+def _transfer(st: State, i: int, r: int) -> float:
     """Start the KV transfer of a claimed request; returns when it is delivered (s)."""
     g = st.glob[0]
     req = st.req[r]
@@ -225,7 +227,7 @@ def _transfer(st, i, r):
 
 
 @compiled
-def _claim(st, i):
+def _claim(st: State, i: int) -> None:
     """Reserve KV for waiting requests, in order, while they fit (docs/cluster.md, Reservation)."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -268,7 +270,7 @@ def _claim(st, i):
 
 
 @compiled
-def deliver(st, i):
+def deliver(st: State, i: int) -> None:
     """The first transfer on its way to instance i is complete."""
     inst = st.inst[i]
     r = inst.transit_head
@@ -294,7 +296,7 @@ def deliver(st, i):
 
 
 @inlined
-def form_decode_batch(st, i):
+def form_decode_batch(st: State, i: int) -> bool:
     """Join, claim, preempt; fill the ``iter_*`` fields. Returns whether there is anything to run."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -322,7 +324,7 @@ def form_decode_batch(st, i):
 
 
 @inlined
-def end_decode(st, i):
+def end_decode(st: State, i: int) -> None:
     """Every request of the batch has one more token; those that have all of theirs are finished."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -358,7 +360,7 @@ def end_decode(st, i):
 
 
 @compiled
-def return_waiting(st, i):
+def return_waiting(st: State, i: int) -> None:
     """Hand the unclaimed requests of a draining instance back to the router, in order."""
     inst = st.inst[i]
     r = inst.queue_head
@@ -374,7 +376,7 @@ def return_waiting(st, i):
 
 
 @compiled
-def route_pending_decode(st):
+def route_pending_decode(st: State) -> None:
     """Try the common queue again: an instance became active."""
     g = st.glob[0]
     r = g.pending_decode_head

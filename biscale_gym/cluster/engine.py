@@ -1,13 +1,15 @@
 """The compiled event loop: ``advance`` runs a state until a time, the end, or a decision that the caller must take."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from biscale_gym._jit import compiled, inlined
+import numpy as np
+from numba import typeof, types
+
+from biscale_gym._jit import compiled, compiled_as, inlined
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.clocks import ask_clock, cancel_clock_job, node_event
 from biscale_gym.cluster.decode import (
@@ -19,6 +21,7 @@ from biscale_gym.cluster.decode import (
 )
 from biscale_gym.cluster.iteration import begin_iteration, end_iteration, go_idle
 from biscale_gym.cluster.observe import observe
+from biscale_gym.cluster.policy import POLICY_TYPE
 from biscale_gym.cluster.prefill import (
     arrive,
     end_prefill,
@@ -46,6 +49,8 @@ from biscale_gym.cluster.state import (
     HOLD,
     LOADING,
     PREFILL,
+    State,
+    empty_state,
 )
 from biscale_gym.profiles.kernels import idle_power_w
 
@@ -64,7 +69,7 @@ _NOTHING = -1
 
 
 @compiled
-def activate(st, i):
+def activate(st: State, i: int) -> None:
     """Instance i takes requests from now on."""
     inst = st.inst[i]
     inst.status = ACTIVE
@@ -75,14 +80,14 @@ def activate(st, i):
 
 
 @compiled
-def route_common_queues(st):
+def route_common_queues(st: State) -> None:
     """Hand the common queues to the routers again: instances became active."""
     route_pending_prefill(st)
     route_pending_decode(st)
 
 
 @compiled
-def _take_gpus(st, i):
+def _take_gpus(st: State, i: int) -> None:
     g = st.glob[0]
     inst = st.inst[i]
     accrue_unallocated(st)
@@ -92,7 +97,7 @@ def _take_gpus(st, i):
 
 
 @compiled
-def _load(st, i):
+def _load(st: State, i: int) -> None:
     """Instance i takes its GPUs and loads its weights."""
     inst = st.inst[i]
     _take_gpus(st, i)
@@ -103,7 +108,7 @@ def _load(st, i):
 
 
 @compiled
-def start_waiting_instances(st, n):
+def start_waiting_instances(st: State, n: int) -> None:
     """Start instances that wait for GPUs of node n, strictly in order, while they fit."""
     for i in range(st.glob[0].instances):
         inst = st.inst[i]
@@ -114,14 +119,14 @@ def start_waiting_instances(st, n):
 
 
 @compiled
-def place_at_once(st, i):
+def place_at_once(st: State, i: int) -> None:
     """A new instance takes its GPUs and requests now, whatever else is on the node."""
     _take_gpus(st, i)
     activate(st, i)
 
 
 @compiled
-def retire(st, i):
+def retire(st: State, i: int) -> None:
     """Instance i takes no more requests; it drains and leaves."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -138,7 +143,7 @@ def retire(st, i):
 
 
 @compiled
-def return_requests(st, i):
+def return_requests(st: State, i: int) -> None:
     """What a retired instance has not begun goes back to the routers."""
     if st.inst[i].phase == PREFILL:
         return_queue(st, i)
@@ -147,7 +152,7 @@ def return_requests(st, i):
 
 
 @compiled
-def _leave(st, i):
+def _leave(st: State, i: int) -> None:
     """A drained instance gives its GPUs back."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -163,14 +168,14 @@ def _leave(st, i):
 
 
 @inlined
-def _is_drained(inst):
+def _is_drained(inst: Any) -> bool:
     if inst.phase == PREFILL:
         return inst.chunk_request < 0
     return inst.run_n == 0 and inst.transit_n == 0 and inst.queue_n == 0
 
 
 @inlined
-def _wake(st, i):
+def _wake(st: State, i: int) -> int:
     """Form a batch if there is one to form. Returns the reason for a decision, or -1."""
     inst = st.inst[i]
     if inst.running:
@@ -201,7 +206,7 @@ def _wake(st, i):
 
 
 @inlined
-def _mode(st, i, reason):
+def _mode(st: State, i: int, reason: int) -> int:
     """Who decides: HOLD where nobody wants to be asked."""
     g = st.glob[0]
     if st.inst[i].phase == PREFILL:
@@ -214,7 +219,7 @@ def _mode(st, i, reason):
 
 
 @inlined
-def _iteration_event(st, i):
+def _iteration_event(st: State, i: int) -> None:
     """The timer of instance i's iteration rang: its end, its overrun, or its loading is done."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -238,7 +243,7 @@ def _iteration_event(st, i):
 
 
 @compiled
-def _answer(st, clock):
+def _answer(st: State, clock: int) -> bool:
     """Carry out the answer to the pending decision; False where the clock does not exist."""
     g = st.glob[0]
     i = g.pending_instance
@@ -254,8 +259,11 @@ def _answer(st, clock):
     return True
 
 
-@compiled
-def advance(st, prefill_policy, decode_policy, until_s, answer):
+_STATE_TYPE = typeof(empty_state(1, 1, 1, 1))
+
+
+@compiled_as(types.int64(_STATE_TYPE, POLICY_TYPE, POLICY_TYPE, types.float64, types.int64))
+def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, answer: int) -> int:
     """Run events before ``until_s``, in order.
 
     ``answer`` is the clock for the pending decision, or NO_ANSWER. Returns ENDED, REACHED, DECISION or BAD_ANSWER.

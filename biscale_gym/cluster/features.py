@@ -1,7 +1,7 @@
 """What a clock policy sees: the layout of the feature vector that the engine fills at every decision point.
 
-A vector of ``SIZE`` float64. The first entries are common to both phases; the meaning from ``WORK_LEFT``/``BATCH`` on depends on the
-phase. See docs/policies.md for units and ranges.
+A vector of ``SIZE`` float64. The first entries are common to both phases; the meaning from ``WORK_LEFT``/``BATCH`` on
+depends on the phase. See docs/policies.md for units and ranges.
 """
 
 SIZE = 48

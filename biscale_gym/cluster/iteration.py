@@ -1,33 +1,37 @@
 """An instance's running iteration: start, and a clock change in its midst."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.primitives import iteration_entity, set_event, set_power
-from biscale_gym.cluster.state import HOLD, LOADING, PREFILL
+from biscale_gym.cluster.state import HOLD, LOADING, PREFILL, State
 from biscale_gym.profiles.kernels import decode_cost, idle_power_w, iteration_cost, iteration_latency
+
+Vector = npt.NDArray[np.float64]
 
 
 @inlined
-def _cost(model, clock, inst):
+def _cost(model: Vector, clock: int, inst: Any) -> tuple[float, float]:
     if inst.iter_tokens == 0.0:
         return decode_cost(model, clock, inst.iter_batch, inst.iter_kv)
     return iteration_cost(model, clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
 
 
 @compiled
-def _predicted_full_s(st, inst):
+def _predicted_full_s(st: State, inst: Any) -> float:
     model = st.predicted[inst.predicted_start : inst.predicted_stop]
     return iteration_latency(model, inst.clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
 
 
 @inlined
-def _schedule(st, i, inst):
+def _schedule(st: State, i: int, inst: Any) -> None:
     """Set the timer to the iteration's end, or to its overrun where that comes first."""
     g = st.glob[0]
     entity = iteration_entity(st, i)
@@ -42,7 +46,7 @@ def _schedule(st, i, inst):
 
 
 @inlined
-def begin_iteration(st, i):
+def begin_iteration(st: State, i: int) -> None:
     """Start the iteration described by the instance's ``iter_*`` fields at the clock in force."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -61,7 +65,7 @@ def begin_iteration(st, i):
 
 
 @compiled
-def clock_in_force(st, i, clock):
+def clock_in_force(st: State, i: int, clock: int) -> None:
     """The new clock holds from now on; a running iteration's remaining work is rescaled."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -84,7 +88,7 @@ def clock_in_force(st, i, clock):
 
 
 @inlined
-def end_iteration(st, i):
+def end_iteration(st: State, i: int) -> None:
     """Close the running iteration: what it took and what was predicted become the last observation."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -96,7 +100,7 @@ def end_iteration(st, i):
 
 
 @compiled
-def go_idle(st, i):
+def go_idle(st: State, i: int) -> None:
     """The instance computes nothing from now on."""
     inst = st.inst[i]
     set_power(st, i, inst.tp * idle_power_w(st.models[inst.model_start : inst.model_stop], inst.clock), False)

@@ -1,19 +1,21 @@
 """Fill the feature vector of a decision (layout: biscale_gym.cluster.features)."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster import features as f
-from biscale_gym.cluster.state import PREFILL
+from biscale_gym.cluster.state import PREFILL, State
+
+Vector = npt.NDArray[np.float64]
 
 
 @compiled
-def _put_batch(obs, j, tokens, sum_sq, oldest_arrival_s):
+def _put_batch(obs: Vector, j: int, tokens: float, sum_sq: float, oldest_arrival_s: float) -> None:
     at = f.BATCH_FIRST + f.BATCH_STRIDE * j
     obs[at + f.BATCH_TOKENS] = tokens
     obs[at + f.BATCH_SUM_SQ] = sum_sq
@@ -21,7 +23,7 @@ def _put_batch(obs, j, tokens, sum_sq, oldest_arrival_s):
 
 
 @compiled
-def _project_batches(st, i, obs):
+def _project_batches(st: State, i: int, obs: Vector) -> None:
     """The running (or next) batch and the queue, cut into future batches by the scheduler's own rule."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -66,7 +68,7 @@ def _project_batches(st, i, obs):
 
 
 @inlined
-def observe(st, i, reason):
+def observe(st: State, i: int, reason: int) -> None:
     """Write instance i's features into ``st.obs``."""
     g = st.glob[0]
     inst = st.inst[i]

@@ -25,8 +25,8 @@ class InstanceSpec:
         tp: tensor-parallel degree.
         clock_mhz: locked SM clock at the start, and while no policy changes it.
         weight: share of requests relative to the phase's other instances; > 0.
-        pp: pipeline stages. The engine runs an instance of pp stages as pp lanes of tp GPUs that share its weights' memory: a full
-            pipeline has pp batches under way, each as long as one pass through the model (no bubbles).
+        pp: pipeline stages. The engine runs an instance of pp stages as pp lanes of tp GPUs that share its weights'
+            memory: a full pipeline has pp batches under way, each as long as one pass through the model (no bubbles).
     """
 
     phase: Phase

@@ -7,17 +7,19 @@
 - ``params`` float64[:]: the controller's settings.
 - ``model`` float64[:]: the compiled profile of the instance's class, as the controller believes it.
 
-The answer is an index into the run's ascending clock list. The engine is compiled once for the function *type* and cached
-on disk, so a new policy costs its own compilation only.
+The answer is an index into the run's ascending clock list. The engine is compiled once for the function *type* and
+cached on disk, so a new policy costs its own compilation only.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
+import numpy.typing as npt
 from numba import types
 
 from biscale_gym._jit import compiled_as
+
+Vector = npt.NDArray[np.float64]
 
 MEMORY_SIZE = 32
 
@@ -26,11 +28,11 @@ POLICY_SIGNATURE = types.int64(_VECTOR, _VECTOR, _VECTOR, _VECTOR)
 POLICY_TYPE = types.FunctionType(POLICY_SIGNATURE)
 
 
-policy: Any = compiled_as(POLICY_SIGNATURE)
-"""Decorator of a compiled policy that creates no array; ``numba.njit(POLICY_SIGNATURE, cache=True)`` serves any other."""
+policy = compiled_as(POLICY_SIGNATURE)
+"""Decorator of a policy that creates no array; ``numba.njit(POLICY_SIGNATURE, cache=True)`` serves any other."""
 
 
 @policy
-def hold(obs, memory, params, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def hold(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     """Keep the clock last asked for."""
     return int(obs[3])

@@ -1,7 +1,6 @@
 """Prefill instances: arrivals, first-come-first-served batches, whole prompts or chunks, first tokens."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
@@ -21,11 +20,12 @@ from biscale_gym.cluster.state import (
     PREFILL,
     PREFILLING,
     QUEUED,
+    State,
 )
 
 
 @compiled
-def _enqueue(st, i, r):
+def _enqueue(st: State, i: int, r: int) -> None:
     g = st.glob[0]
     inst = st.inst[i]
     req = st.req[r]
@@ -46,7 +46,7 @@ def _enqueue(st, i, r):
 
 
 @compiled
-def hand_to_prefill(st, r):
+def hand_to_prefill(st: State, r: int) -> None:
     """Route a prompt, or put it in the common queue."""
     g = st.glob[0]
     req = st.req[r]
@@ -67,7 +67,7 @@ def hand_to_prefill(st, r):
 
 
 @compiled
-def arrive(st, r):
+def arrive(st: State, r: int) -> None:
     """Request r enters the cluster."""
     g = st.glob[0]
     req = st.req[r]
@@ -89,7 +89,7 @@ def arrive(st, r):
 
 
 @compiled
-def _finish(st, i, r):
+def _finish(st: State, i: int, r: int) -> None:
     g = st.glob[0]
     st.req[r].finish_s = g.now_s
     st.req[r].status = FINISHED
@@ -98,7 +98,7 @@ def _finish(st, i, r):
 
 
 @compiled
-def _append_to_batch(st, i, r):
+def _append_to_batch(st: State, i: int, r: int) -> None:
     inst = st.inst[i]
     st.req[r].next = -1
     if inst.batch_tail < 0:
@@ -110,8 +110,8 @@ def _append_to_batch(st, i, r):
 
 
 @compiled
-def form_prefill_batch(st, i):
-    """Take prompts from the queue by the batching rule; fill the ``iter_*`` fields. Returns whether there is a batch."""
+def form_prefill_batch(st: State, i: int) -> bool:
+    """Take prompts from the queue by the batching rule; fill the ``iter_*`` fields. False: there is no batch."""
     g = st.glob[0]
     inst = st.inst[i]
     budget = g.prefill_token_budget
@@ -165,7 +165,7 @@ def form_prefill_batch(st, i):
 
 
 @compiled
-def end_prefill(st, i):
+def end_prefill(st: State, i: int) -> None:
     """First tokens are out; requests go on to decode."""
     g = st.glob[0]
     inst = st.inst[i]
@@ -191,7 +191,7 @@ def end_prefill(st, i):
 
 
 @compiled
-def return_queue(st, i):
+def return_queue(st: State, i: int) -> None:
     """Hand the prompts that a draining instance has not begun back to the router, in order."""
     inst = st.inst[i]
     r = inst.queue_head
@@ -206,7 +206,7 @@ def return_queue(st, i):
 
 
 @compiled
-def route_pending_prefill(st):
+def route_pending_prefill(st: State) -> None:
     """Try the common queue again: an instance became active."""
     g = st.glob[0]
     r = g.pending_prefill_head

@@ -1,11 +1,11 @@
 """Small compiled parts that every other part of the engine uses: the event tree, joules, random numbers, the log.
 
 An *entity* is a timer: nodes come first (their drivers' next stage), then deliveries by instance, then iterations by
-instance. The event tree is a tournament over them; equal times are won by the lower entity, which is the order of docs/cluster.md.
+instance. The event tree is a tournament over them; equal times are won by the lower entity, which is the order of
+docs/cluster.md.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import math
 import numpy as np
 
 from biscale_gym._jit import compiled, inlined
-from biscale_gym.cluster.state import ACTIVE, BUSY, DRAINING, IDLE, LOADING, LOADING_WEIGHTS, SWITCHING
+from biscale_gym.cluster.state import ACTIVE, BUSY, DRAINING, IDLE, LOADING, LOADING_WEIGHTS, SWITCHING, State
 
 
 @inlined
-def set_event(st, entity, time_s):
+def set_event(st: State, entity: int, time_s: float) -> None:
     """Set an entity's timer (inf: none) and replay its matches up the tree."""
     tree_s, tree_entity = st.tree_s, st.tree_entity
     position = st.glob[0].leaves + entity
@@ -36,20 +36,20 @@ def set_event(st, entity, time_s):
 
 
 @inlined
-def iteration_entity(st, i):
+def iteration_entity(st: State, i: int) -> int:
     """Timer of the end of instance i's iteration, its overrun, or its loading."""
     g = st.glob[0]
     return g.nodes + g.capacity + i
 
 
 @inlined
-def delivery_entity(st, i):
+def delivery_entity(st: State, i: int) -> int:
     """Timer of the next KV delivery to instance i."""
     return st.glob[0].nodes + i
 
 
 @inlined
-def accrue(st, i):
+def accrue(st: State, i: int) -> None:
     """Book instance i's joules and seconds up to now."""
     inst = st.inst[i]
     now_s = st.glob[0].now_s
@@ -61,7 +61,7 @@ def accrue(st, i):
 
 
 @inlined
-def set_power(st, i, power_w, loading):
+def set_power(st: State, i: int, power_w: float, loading: bool) -> None:
     """From now on instance i (all its GPUs) draws ``power_w``; what it drew until now is booked."""
     accrue(st, i)
     inst = st.inst[i]
@@ -77,7 +77,7 @@ def set_power(st, i, power_w, loading):
 
 
 @compiled
-def accrue_unallocated(st):
+def accrue_unallocated(st: State) -> None:
     """Book the idle power of GPUs that belong to no instance up to now."""
     g = st.glob[0]
     free = max(0, g.gpus - g.gpus_allocated)
@@ -86,7 +86,7 @@ def accrue_unallocated(st):
 
 
 @compiled
-def accrue_all(st):
+def accrue_all(st: State) -> None:
     """Book everything up to now, so that the ledger can be read."""
     for i in range(st.glob[0].instances):
         if st.inst[i].status in (LOADING, ACTIVE, DRAINING):
@@ -95,7 +95,7 @@ def accrue_all(st):
 
 
 @inlined
-def mark_dirty(st, i):
+def mark_dirty(st: State, i: int) -> None:
     """Wake instance i at the end of this instant."""
     inst = st.inst[i]
     if inst.dirty == 0:
@@ -109,7 +109,7 @@ def mark_dirty(st, i):
 
 
 @inlined
-def log_event(st, kind, instance, subject):
+def log_event(st: State, kind: int, instance: int, subject: int) -> None:
     """Append to the event log while it has room."""
     g = st.glob[0]
     if g.log_n < st.log.shape[0]:
@@ -122,7 +122,7 @@ def log_event(st, kind, instance, subject):
 
 
 @compiled
-def splitmix64(x):
+def splitmix64(x: np.uint64) -> tuple[np.uint64, np.uint64]:
     """One step of the SplitMix64 generator (Steele, Lea, Flood 2014): (next state, 64 random bits)."""
     x = np.uint64(x + np.uint64(0x9E3779B97F4A7C15))
     z = x
@@ -132,14 +132,14 @@ def splitmix64(x):
 
 
 @compiled
-def uniform(x):
+def uniform(x: np.uint64) -> tuple[np.uint64, float]:
     """(next state, a double in (0, 1])."""
     x, bits = splitmix64(x)
     return x, (np.float64(bits >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)
 
 
 @compiled
-def lognormal(x, median, sigma):
+def lognormal(x: np.uint64, median: float, sigma: float) -> tuple[np.uint64, float]:
     """(next state, a draw with this median and log-space deviation), by Box and Muller; two uniforms a draw."""
     x, u = uniform(x)
     x, v = uniform(x)

@@ -1,25 +1,34 @@
 """Which instance takes a request: weighted round robin, least loaded, shortest queue, power of two choices."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN001, ANN201
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.primitives import uniform
-from biscale_gym.cluster.state import ACTIVE, LEAST_LOADED, POWER_OF_TWO, PREFILL, SHORTEST_QUEUE, WEIGHTED_ROUND_ROBIN
+from biscale_gym.cluster.state import (
+    ACTIVE,
+    LEAST_LOADED,
+    POWER_OF_TWO,
+    PREFILL,
+    SHORTEST_QUEUE,
+    WEIGHTED_ROUND_ROBIN,
+    State,
+)
 
 
 @inlined
-def _before(st, a, b):
+def _before(st: State, a: int, b: int) -> bool:
     pass_a, pass_b = st.inst[a].route_pass, st.inst[b].route_pass
     return pass_a < pass_b or (pass_a == pass_b and a < b)
 
 
 @compiled
-def _sift_down(st, heap, n, position):
+def _sift_down(st: State, heap: Any, n: int, position: int) -> None:
     moved = heap[position]
     while True:
         child = 2 * position + 1
@@ -35,7 +44,7 @@ def _sift_down(st, heap, n, position):
 
 
 @compiled
-def _sift_up(st, heap, position):
+def _sift_up(st: State, heap: Any, position: int) -> None:
     moved = heap[position]
     while position > 0:
         parent = (position - 1) // 2
@@ -47,13 +56,13 @@ def _sift_up(st, heap, position):
 
 
 @compiled
-def _size(st, phase):
+def _size(st: State, phase: int) -> int:
     g = st.glob[0]
     return g.route_n_prefill if phase == PREFILL else g.route_n_decode
 
 
 @compiled
-def _resize(st, phase, by):
+def _resize(st: State, phase: int, by: int) -> None:
     g = st.glob[0]
     if phase == PREFILL:
         g.route_n_prefill += by
@@ -62,7 +71,7 @@ def _resize(st, phase, by):
 
 
 @compiled
-def router_add(st, i):
+def router_add(st: State, i: int) -> None:
     """Instance i takes requests from now on; it starts level with the least served of its phase."""
     inst = st.inst[i]
     heap = st.route_heap[inst.phase]
@@ -74,7 +83,7 @@ def router_add(st, i):
 
 
 @compiled
-def router_remove(st, i):
+def router_remove(st: State, i: int) -> None:
     """Instance i takes no more requests."""
     phase = st.inst[i].phase
     heap = st.route_heap[phase]
@@ -90,13 +99,13 @@ def router_remove(st, i):
 
 
 @inlined
-def _can_hold(st, i, tokens):
+def _can_hold(st: State, i: int, tokens: int) -> bool:
     inst = st.inst[i]
     return inst.status == ACTIVE and inst.kv_capacity >= tokens
 
 
 @compiled
-def _weighted_round_robin(st, phase, tokens):
+def _weighted_round_robin(st: State, phase: int, tokens: int) -> int:
     """Stride scheduling: the least pass goes first and is raised by 1/weight."""
     heap = st.route_heap[phase]
     n = _size(st, phase)
@@ -116,7 +125,7 @@ def _weighted_round_robin(st, phase, tokens):
 
 
 @compiled
-def _load(st, i, router):
+def _load(st: State, i: int, router: int) -> int:
     inst = st.inst[i]
     if router == SHORTEST_QUEUE:
         return inst.queue_n
@@ -131,7 +140,7 @@ def _load(st, i, router):
 
 
 @compiled
-def _least(st, phase, tokens, router):
+def _least(st: State, phase: int, tokens: int, router: int) -> int:
     best = -1
     least = np.int64(0)
     for i in range(st.glob[0].instances):
@@ -143,7 +152,7 @@ def _least(st, phase, tokens, router):
 
 
 @compiled
-def _pick_random(st, phase, tokens, able, other):
+def _pick_random(st: State, phase: int, tokens: int, able: int, other: int) -> int:
     """The k-th able instance (k uniform over ``able`` of them), never ``other``."""
     g = st.glob[0]
     g.rng_routing, u = uniform(g.rng_routing)
@@ -157,7 +166,7 @@ def _pick_random(st, phase, tokens, able, other):
 
 
 @compiled
-def _power_of_two(st, phase, tokens):
+def _power_of_two(st: State, phase: int, tokens: int) -> int:
     able = 0
     for i in range(st.glob[0].instances):
         if st.inst[i].phase == phase and _can_hold(st, i, tokens):
@@ -175,7 +184,7 @@ def _power_of_two(st, phase, tokens):
 
 
 @compiled
-def route(st, phase, tokens):
+def route(st: State, phase: int, tokens: int) -> int:
     """The active instance of a phase that takes a request of ``tokens`` KV tokens; -1 where none can."""
     g = st.glob[0]
     router = g.router_prefill if phase == PREFILL else g.router_decode

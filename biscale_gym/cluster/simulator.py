@@ -102,8 +102,8 @@ class Simulator:
         slo: told to policies; nothing else depends on it.
         seed: of clock-switch durations and random routing.
         predicted: what controllers believe iterations cost; the truth if None.
-        only: serve a single phase ("prefill": requests are finished at their first token; "decode": they arrive with their
-            first token out and their KV at hand).
+        only: serve a single phase ("prefill": requests are finished at their first token; "decode": they arrive with
+            their first token out and their KV at hand).
         log_events: keep so many events for ``events``.
         capacity: room for so many lanes, those of later placements included (it grows on demand).
 
@@ -190,7 +190,7 @@ class Simulator:
         self.state.node["free_gpus"] = settings.gpus_per_node
 
     def _span(self, tp: int, believed: bool) -> tuple[int, int]:
-        """Where the compiled profile of a TP degree lies in ``models`` (or ``predicted``), compiling it when first needed."""
+        """Where a TP degree's compiled profile lies in ``models`` (or ``predicted``); compiled when first needed."""
         spans = self._predicted_spans if believed else self._model_spans
         if tp not in spans:
             profile = self._predicted if believed and self._predicted is not None else self.profile
@@ -214,8 +214,8 @@ class Simulator:
                 if self.profile.kv_capacity_for(spec.phase, tp, spec.pp) > 0
             ]
             raise ClusterError(
-                f"{self.profile.model_name} in {self.profile.precision} does not fit a {spec.phase} instance of TP{spec.tp}; "
-                f"TP degrees that do: {fitting}"
+                f"{self.profile.model_name} in {self.profile.precision} does not fit a {spec.phase} instance of "
+                f"TP{spec.tp}; TP degrees that do: {fitting}"
             )
         return tokens
 
@@ -442,7 +442,7 @@ class Simulator:
     def restore(self, snapshot: tuple[State, dict[int, Lane]]) -> None:
         """Go back to a snapshot of this simulator; it stays usable."""
         saved, lanes = snapshot
-        if any(a.shape != b.shape for a, b in zip(saved, self.state, strict=True)):
+        if [array.shape for array in saved] != [array.shape for array in self.state]:
             self.state = copy_state(saved)
         else:
             restore_state(self.state, saved)

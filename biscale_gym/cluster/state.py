@@ -299,7 +299,7 @@ EVENT = np.dtype([("time_s", _f), ("kind", _i), ("instance", _i), ("subject", _i
 
 
 class State(NamedTuple):
-    """Everything the engine reads and writes. I instances (capacity), N nodes, R requests, L leaves of the event tree."""
+    """Everything the engine reads and writes: I instances (capacity), N nodes, R requests, L leaves of the tree."""
 
     glob: npt.NDArray[Any]  # GLOBAL[1]
     inst: npt.NDArray[Any]  # INSTANCE[I]
@@ -321,7 +321,7 @@ class State(NamedTuple):
 
 def copy_state(state: State) -> State:
     """An exact copy that shares nothing that the engine writes."""
-    return State(*(array.copy() for array in state))
+    return State._make([array.copy() for array in state])
 
 
 def restore_state(state: State, snapshot: State) -> None:

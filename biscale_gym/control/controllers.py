@@ -67,11 +67,11 @@ class Controller(Protocol):
 
     Attributes:
         name: as in tables.
-        replan_s: re-plan the placement so often; None: once, before the run.
+        replans: whether the placement is planned anew at every window of the scenario, or once, before the run.
     """
 
     name: str
-    replan_s: float | None
+    replans: bool
 
     def plan(self, context: PlanContext) -> Placement:
         """The placement from now on."""
@@ -118,5 +118,5 @@ def make_controller(name: str, settings: dict[str, Any] | None = None) -> Contro
     except TypeError as error:
         raise ControllerError(f"controller {name!r}: {error}") from error
     if not isinstance(controller, Controller):
-        raise ControllerError(f"{name!r} is no controller: it needs name, replan_s, plan() and policies()")
+        raise ControllerError(f"{name!r} is no controller: it needs name, replans, plan() and policies()")
     return controller

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from biscale_gym.cluster.ledger import InstanceLedger
 from biscale_gym.cluster.placement import Lane, Placement
@@ -44,8 +45,8 @@ class RunJob(Settings):
     trace: str | None = None
     rate_rps: float | None = None
     split: str | None = None
-    overrides: dict[str, Any] = {}
-    controller_settings: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    controller_settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def played_split(self) -> str:
@@ -61,8 +62,8 @@ class RunOutcome:
         row: figures by name, with scenario, controller, seed and split.
         action_digest: of every placement and clock that was asked for.
         provenance: resolved configuration and its hash, trace name and hash, placements by window.
-        timeline: arrays over time and instance: time_s[T], clock_mhz[T, I], queue[T, I], batch[T, I], power_w[T, I] (NaN while
-            an instance is not there), label[I].
+        timeline: arrays over time and instance: time_s[T], clock_mhz[T, I], queue[T, I], batch[T, I], power_w[T, I]
+            (NaN while an instance is not there), label[I].
         ttft_s, tpot_s: of the judged requests.
     """
 
@@ -174,13 +175,13 @@ class Rollout:
     def run(self) -> Counted:
         """Serve the whole trace, drain included; returns what counts."""
         end_s, warmup_s = self.end_s, min(self.scenario.warmup_s, self.end_s)
-        window_s = self.controller.replan_s
-        borders = set() if window_s is None else set(np.arange(window_s, end_s, window_s))
-        samples = set(np.linspace(0.0, end_s, TIMELINE_SAMPLES, endpoint=False))
+        window_s = self.scenario.window_s
+        borders = set(np.arange(window_s, end_s, window_s).tolist()) if self.controller.replans else set()
+        samples = set(np.linspace(0.0, end_s, TIMELINE_SAMPLES, endpoint=False).tolist())
         start: InstanceLedger | None = None
         for stop_s in sorted(borders | samples | {warmup_s, end_s}):
             self.simulator.run(stop_s)
-            if stop_s in borders and window_s is not None:
+            if stop_s in borders:
                 self._replan(stop_s, window_s)
             if stop_s == warmup_s:
                 start = self.simulator.instances()

@@ -67,7 +67,7 @@ class SimulationSettings(Settings):
 class StatedPlacement:
     """A controller that keeps one placement; another controller's clock policies may run on it."""
 
-    replan_s: float | None = None
+    replans = False
 
     def __init__(
         self, placement: Placement, name: str, policies: Callable[[PlanContext], tuple[PhasePolicy | None, ...]] | None
@@ -117,8 +117,8 @@ def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed:
     Args:
         placement: YAML of SimulationSettings.
         trace: any supported trace.
-        policy: ``hold`` (every instance keeps the file's clock), or a controller's name, whose clock policies run; ``max-clock``
-            therefore raises every clock to the top.
+        policy: ``hold`` or ``max-clock`` (every instance keeps the file's clock, or goes to the top), or another
+            controller's name, whose clock policies run.
         seed: of the cluster's random numbers.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from biscale_gym._jit import compiled, inlined
+from biscale_gym._jit import inlined
 from biscale_gym.profiles import layout as at
 
 Vector = NDArray[np.float64]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from agents.biscale import BiScale
-from agents.classes import Column, InstanceClass, class_table, fitting_degrees
 from agents.milp import Room
 from agents.placement import Tier1, grid_columns, measurement_of, plan_counts
 from agents.settings import Tier1Settings
@@ -23,6 +22,7 @@ from biscale_gym.control.rollout import Rollout
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.control.workload import generated_requests
 from biscale_gym.metrics import measure
+from biscale_gym.planning.classes import Column, InstanceClass, class_table, fitting_degrees
 from biscale_gym.profiles import load_profile
 
 QUICK = {"requests_per_probe": 400, "warmup_s": 2.0, "rate_tolerance": 0.05}
@@ -33,8 +33,8 @@ GIVEN = {"planner": "given", "instances": [{"phase": "prefill", "tp": 1}, {"phas
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Compiled code stays where it is: only the class tables start empty.
-        patch.setattr("agents.table_cache.cache_root", lambda: tmp_path_factory.getbasetemp() / "tables")
-        patch.setattr("agents.classes.default_workers", lambda: 1)
+        patch.setattr("biscale_gym.planning.table_cache.cache_root", lambda: tmp_path_factory.getbasetemp() / "tables")
+        patch.setattr("biscale_gym.planning.classes.default_workers", lambda: 1)
         yield
 
 
@@ -126,7 +126,7 @@ def test_processes_measure_the_same(cache, context, tmp_path, monkeypatch):
     measurement = measurement_of(context, Tier1Settings(**QUICK))
     columns = [Column("prefill", 1, 1, (1005, 1980)), Column("prefill", 2, 1, (1005, 1980))]
     alone = class_table(measurement, columns, workers=1)
-    monkeypatch.setattr("agents.table_cache.cache_root", lambda: tmp_path)
+    monkeypatch.setattr("biscale_gym.planning.table_cache.cache_root", lambda: tmp_path)
     assert class_table(measurement, columns, workers=2) == alone
 
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from agents.classes import InstanceClass
 from baselines.distserve import best_per_gpu, replicate, replicate_units
 from baselines.errors import BaselineError
 from biscale_gym.cluster.settings import ClusterSettings
+from biscale_gym.planning.classes import InstanceClass
 
 
 def row(phase, tp, rate_rps, pp=1):

@@ -31,7 +31,7 @@ SLO = SloSettings(ttft_s=0.6, tpot_s=0.1)
 
 
 @njit(POLICY_SIGNATURE)
-def restless_prefill(obs, memory, params, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def restless_prefill(obs, memory, params, model):  # type: ignore[no-untyped-def]
     """A policy that changes its mind with every batch, the same in both simulators."""
     if obs[f.REASON] == f.IDLE:
         return 0
@@ -40,7 +40,7 @@ def restless_prefill(obs, memory, params, model):  # type: ignore[no-untyped-def
 
 
 @njit(POLICY_SIGNATURE)
-def restless_decode(obs, memory, params, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def restless_decode(obs, memory, params, model):  # type: ignore[no-untyped-def]
     """Its counterpart for decode."""
     if obs[f.REASON] == f.IDLE:
         return 1
@@ -231,9 +231,7 @@ def run_reference(case: Case, engine: Simulator) -> ref.Result:
     scenario = ref.Scenario(
         requests=tuple(
             ref.RequestSpec(float(a), int(p), int(o))
-            for a, p, o in zip(
-                case.trace.arrival_s, case.trace.prompt_tokens, case.trace.output_tokens, strict=True
-            )
+            for a, p, o in zip(case.trace.arrival_s, case.trace.prompt_tokens, case.trace.output_tokens, strict=True)
         ),
         instances=tuple(spec_of(number, lane.spec, lane.node) for number, lane in enumerate(lanes)),
         cost=cost,
@@ -266,13 +264,11 @@ def _batching(settings: BatchingSettings) -> ref.Batching:
     return ref.Batching(**values)
 
 
-def _borders(case: Case, spec_of: Any) -> tuple[ref.Border, ...]:  # noqa: ANN401
+def _borders(case: Case, spec_of: Any) -> tuple[ref.Border, ...]:
     """The borders as the engine's own transitions make them, from a dry run that only changes placements."""
     if not case.borders:
         return ()
-    dry = Simulator(
-        case.settings, case.profile, case.placement, case.trace, CLOCKS_MHZ, SLO, case.seed, only=case.only
-    )
+    dry = Simulator(case.settings, case.profile, case.placement, case.trace, CLOCKS_MHZ, SLO, case.seed, only=case.only)
     borders = []
     for at_s, placement in case.borders:
         before = dict(enumerate(dry.lanes))

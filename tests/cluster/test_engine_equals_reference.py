@@ -1,10 +1,9 @@
-"""The compiled engine against the plain simulator: events in order, times and joules to 1e-9, on hundreds of random clusters."""
+"""The compiled engine against the plain simulator: events in order, times and joules to 1e-9, on random clusters."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from cluster.random_clusters import Case, events_of, random_case, reference_events, run_engine, run_reference
 
 RELATIVE = 1e-9

@@ -26,13 +26,13 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 import biscale_gym
-from agents import table_cache
-from agents.errors import AgentError
-from agents.probe_trace import delayed, probe_trace
-from agents.probing import ProbeOutcome, greatest_rate, serve_alone
 from biscale_gym.cluster.placement import InstanceSpec, Phase
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.metrics import TpotDefinition
+from biscale_gym.planning import table_cache
+from biscale_gym.planning.errors import PlanningError
+from biscale_gym.planning.probe_trace import delayed, probe_trace
+from biscale_gym.planning.probing import ProbeOutcome, greatest_rate, serve_alone
 from biscale_gym.profiles import Profile
 from biscale_gym.traces.trace import Trace
 
@@ -270,10 +270,10 @@ def class_table(
         on_column: called with (columns done, columns in all) as they come.
 
     Raises:
-        AgentError: no columns are given.
+        PlanningError: no columns are given.
     """
     if not columns:
-        raise AgentError("no class fits: the model needs more memory than any TP degree on one node offers")
+        raise PlanningError("no class fits: the model needs more memory than any TP degree on one node offers")
     sources = _source_digest()
     keys = [column_key(measurement, column, sources) for column in columns]
     tables = [_load_column(key) for key in keys]

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from agents import classes, table_cache
-from agents.classes import Column, Measurement, class_table, measure_column
-from agents.errors import AgentError
-from agents.probe_trace import delayed, probe_trace, stretches
-from agents.probing import ProbeOutcome, greatest_rate
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.planning import classes, table_cache
+from biscale_gym.planning.classes import Column, Measurement, class_table, measure_column
+from biscale_gym.planning.errors import PlanningError
+from biscale_gym.planning.probe_trace import delayed, probe_trace, stretches
+from biscale_gym.planning.probing import ProbeOutcome, greatest_rate
 from biscale_gym.traces.trace import Trace
 
 CLOCKS_MHZ = (705, 1005, 1410, 1980)
@@ -198,5 +198,5 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(measurement, probes, tmp
 
 
 def test_no_columns_is_an_error(measurement):
-    with pytest.raises(AgentError, match="memory"):
+    with pytest.raises(PlanningError, match="memory"):
         class_table(measurement, ())
