@@ -34,7 +34,8 @@ class DistServeSettings(Settings):
     """Share of the SLO that the quantile may use."""
     node_affinity: Literal["high", "low"] = "high"
     """``high``: links between nodes are fast enough for KV; ``low``: prefill and decode share nodes."""
-    pipeline_stages: tuple[int, ...] = (1, 2, 4)
+    pipeline_stages: tuple[int, ...] = (1,)
+    """Numbers of pipeline stages that are searched; ``distserve-pp`` searches 1, 2 and 4."""
     replan: bool = False
     """Plan every window anew, for the last one's rate; otherwise once, for the run's mean rate."""
     requests_per_probe: int = Field(default=10_000, ge=100)
@@ -221,3 +222,15 @@ class DistServe:
     def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
         """Clocks are held."""
         return None, None
+
+
+class DistServePP(DistServe):
+    """DistServe searching pipeline stages too, as its authors do.
+
+    A row of its own: BiScale's classes have no pipeline, and pipelines without bubbles (docs/cluster.md) flatter this one.
+    """
+
+    name = "distserve-pp"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"pipeline_stages": (1, 2, 4), **settings})

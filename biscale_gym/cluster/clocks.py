@@ -1,7 +1,5 @@
 """Clock switching: a node's driver carries out one instance's calls at a time (docs/cluster.md, Clocks)."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import numpy as np

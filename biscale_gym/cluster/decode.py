@@ -1,7 +1,5 @@
 """Decode instances: claims, transfers, continuous batching, preemption by recompute."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,7 +1,5 @@
 """The compiled event loop: ``advance`` runs a state until a time, the end, or a decision that the caller must take."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,7 +1,5 @@
 """An instance's running iteration: start, and a clock change in its midst."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 from typing import Any

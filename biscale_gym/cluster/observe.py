@@ -1,7 +1,5 @@
 """Fill the feature vector of a decision (layout: biscale_gym.cluster.features)."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Prefill instances: arrivals, first-come-first-served batches, whole prompts or chunks, first tokens."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import numpy as np

@@ -5,8 +5,6 @@ instance. The event tree is a tournament over them; equal times are won by the l
 docs/cluster.md.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import math

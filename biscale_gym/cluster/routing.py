@@ -1,7 +1,5 @@
 """Which instance takes a request: weighted round robin, least loaded, shortest queue, power of two choices."""
 
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 from typing import Any

@@ -137,7 +137,8 @@ class Profile(ABC):
         tokens = self.kv_capacity_tokens(tp, pp)
         tight = self.hardware.memory.tight_prefill
         if tokens <= 0 and phase == "prefill" and tight is not None:
-            tokens = self.kv_capacity_tokens(tp, pp, tight.utilisation, tight.reserve_gb)
+            tightened = self.kv_capacity_tokens(tp, pp, tight.utilisation, tight.reserve_gb)
+            tokens = tightened if tightened >= tight.least_kv_tokens else tokens
         return tokens
 
     def _evaluate(

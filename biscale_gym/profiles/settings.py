@@ -85,11 +85,17 @@ class MemoryShare(Settings):
     reserve_gb: NonNegative
 
 
+class TightPrefill(MemoryShare):
+    """Shares of a prefill instance that would not fit otherwise; used where at least so many KV tokens come out."""
+
+    least_kv_tokens: Count
+
+
 class MemorySettings(MemoryShare):
     """GPU memory; ``tight_prefill`` replaces the shares on prefill instances that would not fit otherwise."""
 
     gpu_gb: Positive
-    tight_prefill: MemoryShare | None = None
+    tight_prefill: TightPrefill | None = None
 
 
 class AllReduceSettings(Settings):

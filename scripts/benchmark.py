@@ -1,0 +1,446 @@
+"""How fast the project is. docs/benchmarks.md says what each figure means.
+
+``python scripts/benchmark.py engine`` prints a table; ``--json FILE`` writes the figures, ``--json -`` prints them
+and sends the table to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from biscale_gym.cluster import features
+from biscale_gym.cluster.placement import InstanceSpec, Placement
+from biscale_gym.cluster.policy import POLICY_TYPE, hold
+from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.cluster.simulator import PhasePolicy, Simulator
+from biscale_gym.control.controllers import Controller, PlanContext, make_controller
+from biscale_gym.control.rollout import RunJob, run
+from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.workload import requests_for
+from biscale_gym.profiles import load_profile
+from biscale_gym.traces import Trace, generate, load_workload
+
+Vector = NDArray[np.float64]
+Figures = dict[str, float]
+WIDTH_OF_FILES = 120
+CALLS_PER_TIMING = 50
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of a table: what a figure is, and what it should reach."""
+
+    key: str
+    label: str
+    unit: str
+    at_least: float | None = None
+    below: float | None = None
+
+    def cells(self, value: float) -> tuple[str, str, str]:
+        """Label, the value with its unit, and the goal (marked where it is missed)."""
+        shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        if self.at_least is not None:
+            goal, met = f"≥ {self.at_least:,.0f}", value >= self.at_least
+        elif self.below is not None:
+            goal, met = f"< {self.below:g}", value < self.below
+        else:
+            goal, met = "", True
+        return self.label, f"{shown} {self.unit}".strip(), goal if met else f"{goal}  missed"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A sub-command: what it measures, and how its table reads."""
+
+    measure: Callable[[], Figures]
+    goals: tuple[Goal, ...]
+    about: str
+    peers: tuple[tuple[str, float], ...] = ()
+    """Requests per CPU-second of other simulators, to stand beside ``requests_per_cpu_s``."""
+
+
+# -- engine ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """How much is simulated; the defaults are the published benchmark's.
+
+    Attributes:
+        requests: of the 8P+8D run.
+        scenario, overrides: of the runs with DistServe and BiScale.
+        distserve, biscale: settings of these controllers.
+        day_s, day_rate_rps: length and mean rate of the day.
+        scaling_s: length of the runs whose cost per iteration is compared.
+        scaling_pairs: prefill and decode instances, each, of the small and of the large cluster.
+        decisions: prefill decisions that are timed.
+        repeats: the best of so many counts.
+    """
+
+    requests: int = 10_000
+    scenario: str = "paper-67"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    distserve: dict[str, Any] = field(default_factory=dict)
+    biscale: dict[str, Any] = field(default_factory=dict)
+    day_s: float = 86_400.0
+    day_rate_rps: float = 30.0
+    scaling_s: float = 120.0
+    scaling_pairs: tuple[int, int] = (8, 512)
+    decisions: int = 5_000
+    repeats: int = 7
+
+
+def best_s(work: Callable[[], object], before: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    """Least seconds of ``work`` by ``clock``; ``before`` runs untimed ahead of every repeat."""
+    least_s = np.inf
+    for _ in range(repeats):
+        before()
+        start_s = clock()
+        work()
+        least_s = min(least_s, clock() - start_s)
+    return float(least_s)
+
+
+def best_run_cpu_s(simulator: Simulator, repeats: int) -> float:
+    """Least CPU seconds of the engine from the simulator's present state to the end, after a run that warms up."""
+    start = simulator.snapshot()
+    simulator.run()
+    return best_s(simulator.run, lambda: simulator.restore(start), repeats, time.process_time)
+
+
+def iterations_of(simulator: Simulator) -> int:
+    """Iterations that a simulator's instances have run."""
+    return int(simulator.instances().iterations.sum())
+
+
+# An OPT-13B cluster on the linear A100 preset: the load that other simulators' figures are compared on.
+
+PAIR_RATE_RPS = 4.0
+
+
+def linear_cluster(pairs: int, trace: Trace, scenario: ScenarioSettings | None = None) -> Simulator:
+    """``pairs`` prefill and as many decode instances of OPT-13B TP1; a compiled policy at every iteration."""
+    cluster = ClusterSettings(
+        hardware="a100-80g-linear",
+        model="opt-13b",
+        precision="bf16",
+        nodes=-(-2 * pairs // 8),
+        switching="instant",
+        transfer="free",
+    )
+    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    top = profile.top_clock_mhz
+    slo = SloSettings(ttft_s=0.6, tpot_s=0.1)
+    specs = [InstanceSpec(phase, 1, top) for phase in ("prefill", "decode") for _ in range(pairs)]
+    simulator = Simulator(cluster, profile, Placement(tuple(specs)), trace, (top,), slo)
+    context = PlanContext(
+        scenario=ScenarioSettings(
+            workload="lognormal-poisson", rate_rps=1.0, slo=slo, cluster=cluster, clocks_mhz=(top,), top_clock_mhz=top
+        ),
+        profile=profile,
+        training=trace,
+        mean_rate_rps=1.0,
+        clocks_mhz=(top,),
+    )
+    decode = make_controller("biscale").policies(context)[1]
+    simulator.set_policies(PhasePolicy(function=hold), decode)
+    return simulator
+
+
+def linear_trace(pairs: int, duration_s: float) -> Trace:
+    """Poisson arrivals with lognormal lengths, so many per second and pair of instances."""
+    return generate(load_workload("lognormal-poisson"), PAIR_RATE_RPS * pairs, duration_s, 0)
+
+
+def measure_requests(sizes: EngineSizes) -> Figures:
+    """Requests per CPU-second through 8 + 8 instances."""
+    longer = linear_trace(8, 1.2 * sizes.requests / (8 * PAIR_RATE_RPS) + 10.0)
+    trace = Trace(
+        longer.arrival_s[: sizes.requests],
+        longer.prompt_tokens[: sizes.requests],
+        longer.output_tokens[: sizes.requests],
+        longer.name,
+    )
+    simulator = linear_cluster(8, trace)
+    cpu_s = best_run_cpu_s(simulator, 3 * sizes.repeats)
+    build_s = best_s(lambda: linear_cluster(8, trace), lambda: None, 3, time.process_time)
+    return {
+        "requests_per_cpu_s": len(trace) / cpu_s,
+        "requests_8p8d_iterations_per_cpu_s": iterations_of(simulator) / cpu_s,
+        "requests_8p8d_build_s": build_s,
+    }
+
+
+def measure_scaling(sizes: EngineSizes) -> Figures:
+    """CPU seconds per iteration of a large cluster, as a multiple of a small one's at the same load per instance."""
+    cost_s = []
+    for pairs in sizes.scaling_pairs:
+        simulator = linear_cluster(pairs, linear_trace(pairs, sizes.scaling_s))
+        cpu_s = best_run_cpu_s(simulator, sizes.repeats if pairs == sizes.scaling_pairs[0] else 3)
+        cost_s.append(cpu_s / iterations_of(simulator))
+    return {
+        "cost_ratio_1024_to_16_instances": cost_s[1] / cost_s[0],
+        "iteration_16_instances_us": 1e6 * cost_s[0],
+        "iteration_1024_instances_us": 1e6 * cost_s[1],
+    }
+
+
+# The H100 cluster of a scenario.
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A planner's placement on the scenario's trace, ready to be driven, and what other controllers plan with."""
+
+    simulator: Simulator
+    context: PlanContext
+
+
+def prepare(sizes: EngineSizes, planner: Controller) -> Prepared:
+    """Build the scenario's cluster with the placement that ``planner`` makes before the run."""
+    scenario = load_scenario(sizes.scenario, sizes.overrides)
+    cluster = scenario.cluster
+    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    requests = requests_for(scenario, profile, "test", 0, None, None)
+    clocks = tuple(sorted({*scenario.clocks_mhz, scenario.top_clock_mhz}))
+    context = PlanContext(
+        scenario=scenario,
+        profile=profile,
+        training=requests.training,
+        mean_rate_rps=requests.mean_rate_rps,
+        clocks_mhz=clocks,
+    )
+    simulator = Simulator(cluster, profile, planner.plan(context), requests.evaluated, clocks, scenario.slo)
+    return Prepared(simulator, context)
+
+
+def measure_iterations(sizes: EngineSizes) -> Figures:
+    """Iterations per CPU-second under DistServe's placement: prefill clocks held, decode slack at every iteration."""
+    prepared = prepare(sizes, make_controller("distserve", sizes.distserve))
+    decode = make_controller("biscale", sizes.biscale).policies(prepared.context)[1]
+    prepared.simulator.set_policies(None, decode)
+    cpu_s = best_run_cpu_s(prepared.simulator, sizes.repeats)
+    return {"iterations_per_cpu_s": iterations_of(prepared.simulator) / cpu_s}
+
+
+def measure_biscale(sizes: EngineSizes) -> Figures:
+    """Wall seconds of a whole BiScale run: trace, placements, both tiers, metrics; class tables are at hand."""
+    job = RunJob(
+        scenario=sizes.scenario, controller="biscale", overrides=sizes.overrides, controller_settings=sizes.biscale
+    )
+    run(job)
+    return {"biscale_paper67_s": best_s(lambda: run(job), lambda: None, min(3, sizes.repeats), time.perf_counter)}
+
+
+_VECTOR = types.float64[::1]
+
+
+def compile_repeated() -> Any:
+    """A compiled loop that calls a policy several times on one observation."""
+
+    @njit(types.int64(POLICY_TYPE, _VECTOR, _VECTOR, _VECTOR, _VECTOR, types.int64))
+    def repeated(policy: Any, obs: Vector, memory: Vector, params: Vector, model: Vector, times: int) -> int:
+        clock = 0
+        for _ in range(times):
+            clock = policy(obs, memory, params, model)
+        return clock
+
+    return repeated
+
+
+def recorded_decisions(sizes: EngineSizes) -> tuple[PhasePolicy, list[tuple[Vector, Vector, Vector]]]:
+    """BiScale's prefill policy, and (observation, memory, model) of its decisions in a run: boundaries and arrivals."""
+    controller = make_controller("biscale", sizes.biscale)
+    prepared = prepare(sizes, controller)
+    prefill, decode = controller.policies(prepared.context)
+    assert prefill is not None
+    simulator = prepared.simulator
+    simulator.set_policies(replace(prefill, function=None), decode)
+    warmup_s = prepared.context.scenario.warmup_s
+    recorded: list[tuple[Vector, Vector, Vector]] = []
+    decision = simulator.run()
+    while decision is not None and len(recorded) < sizes.decisions:
+        state = simulator.state
+        inst = state.inst[decision.instance]
+        memory = state.memory[decision.instance]
+        model = state.predicted[inst["predicted_start"] : inst["predicted_stop"]]
+        if decision.reason in (features.BOUNDARY, features.ARRIVAL) and simulator.now_s >= warmup_s:
+            recorded.append((decision.obs, memory.copy(), model))
+        decision = simulator.run(answer=int(prefill.function(decision.obs, memory, prefill.params, model)))
+    return prefill, recorded
+
+
+def measure_mpc(sizes: EngineSizes) -> Figures:
+    """Milliseconds of a prefill decision, without Python: many calls in compiled code, less the same with none."""
+    prefill, recorded = recorded_decisions(sizes)
+    repeated = compile_repeated()
+
+    def seconds(obs: Vector, memory: Vector, model: Vector, times: int) -> float:
+        def calls() -> None:
+            repeated(prefill.function, obs, memory.copy(), prefill.params, model, times)
+
+        return best_s(calls, lambda: None, 3, time.perf_counter)
+
+    each_ms = [1e3 * (seconds(*one, CALLS_PER_TIMING) - seconds(*one, 0)) / CALLS_PER_TIMING for one in recorded]
+    return {
+        "mpc_decision_median_ms": float(np.median(each_ms)),
+        "mpc_decision_p99_ms": float(np.quantile(each_ms, 0.99)),
+        "mpc_decisions_timed": len(each_ms),
+        "mpc_batches_mean": float(np.mean([obs[features.BATCHES] for obs, _, _ in recorded])),
+    }
+
+
+def resident_mb(name: str) -> float:
+    """A memory figure of this process from Linux's own account, ``VmRSS`` (now) or ``VmHWM`` (peak) [MB]."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) * 1024e-6
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def measure_day(sizes: EngineSizes) -> Figures:
+    """Wall seconds to build and run a day on 16 H100 at the top clock, and its peak memory per request."""
+    trace = generate(load_workload("diurnal"), sizes.day_rate_rps, sizes.day_s, 0)
+    cluster = ClusterSettings()
+    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    top = profile.top_clock_mhz
+    placement = Placement((InstanceSpec("prefill", 2, top),) * 4 + (InstanceSpec("decode", 4, top),) * 2)
+    # The peak is counted anew from here.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before_mb = resident_mb("VmRSS")
+    start_s = time.perf_counter()
+    simulator = Simulator(cluster, profile, placement, trace, (top,), SloSettings(ttft_s=0.6, tpot_s=0.1))
+    simulator.run()
+    wall_s = time.perf_counter() - start_s
+    return {
+        "day_16_gpus_s": wall_s,
+        "day_requests": len(trace),
+        "day_iterations": iterations_of(simulator),
+        "day_peak_bytes_per_request": 1e6 * (resident_mb("VmHWM") - before_mb) / len(trace),
+        "day_finished_share": simulator.counts()["finished"] / len(trace),
+    }
+
+
+FIRST_RESULT = """
+from biscale_gym.cluster.placement import InstanceSpec, Placement
+from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.cluster.simulator import Simulator
+from biscale_gym.profiles import load_profile
+from biscale_gym.traces import generate, load_workload
+
+cluster = ClusterSettings()
+profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+placement = Placement((InstanceSpec("prefill", 2, 1980), InstanceSpec("decode", 4, 1980)))
+trace = generate(load_workload("paper"), 4.0, 30.0, 0)
+simulator = Simulator(cluster, profile, placement, trace, (1980,), SloSettings(ttft_s=0.6, tpot_s=0.1))
+simulator.run()
+assert simulator.counts()["finished"] == len(trace)
+"""
+
+
+def measure_start(sizes: EngineSizes) -> Figures:
+    """Wall seconds from starting another Python process to its first result, compiled code being cached."""
+
+    def start() -> None:
+        subprocess.run([sys.executable, "-c", FIRST_RESULT], check=True)
+
+    start()
+    return {"second_start_s": best_s(start, lambda: None, min(3, sizes.repeats), time.perf_counter)}
+
+
+def measure_engine(sizes: EngineSizes | None = None) -> Figures:
+    """All figures of the engine."""
+    sizes = sizes or EngineSizes()
+    figures: Figures = {}
+    for part in (
+        measure_requests,
+        measure_iterations,
+        measure_scaling,
+        measure_day,
+        measure_biscale,
+        measure_mpc,
+        measure_start,
+    ):
+        figures |= part(sizes)
+    return figures
+
+
+ENGINE = Benchmark(
+    measure=measure_engine,
+    about="speed of the cluster model and of the controllers in it",
+    goals=(
+        Goal("requests_per_cpu_s", "OPT-13B, 8P+8D at 32/s, policy at every iteration", "requests/CPU-s", 500_000),
+        Goal("requests_8p8d_build_s", "… building its state, not counted above", "CPU-s"),
+        Goal("iterations_per_cpu_s", "paper-67, DistServe's placement, decode slack", "iterations/CPU-s", 5_000_000),
+        Goal("day_16_gpus_s", "a day at 30 requests/s on 16 H100", "s", below=30.0),
+        Goal("day_peak_bytes_per_request", "… peak memory", "bytes/request"),
+        Goal("cost_ratio_1024_to_16_instances", "cost of an iteration, 1,024 to 16 instances", "", below=2.0),
+        Goal("biscale_paper67_s", "whole BiScale run of paper-67, class tables cached", "s", below=10.0),
+        Goal("mpc_decision_median_ms", "prefill MPC (greedy), median decision", "ms", below=0.2),
+        Goal("mpc_decision_p99_ms", "… 99th percentile", "ms"),
+        Goal("second_start_s", "second start of a process to its first result", "s", below=3.0),
+    ),
+    peers=(("simdistserve", 1_500.0), ("Vidur", 450.0), ("AISimulate (Rust)", 3_300.0)),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {"engine": ENGINE}
+"""Sub-commands by name."""
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def tables(name: str, figures: Figures) -> list[Table]:
+    """The figures beside their goals, and beside the peers'."""
+    benchmark = BENCHMARKS[name]
+    own = Table("figure", "measured", "goal", title=f"{name}: {benchmark.about}", title_justify="left")
+    for goal in benchmark.goals:
+        own.add_row(*goal.cells(figures[goal.key]))
+    shown = [own]
+    if benchmark.peers:
+        ours = figures["requests_per_cpu_s"]
+        beside = Table("simulator", "requests/CPU-s", "ours is", title="beside its peers", title_justify="left")
+        beside.add_row("this engine", f"{ours:,.0f}", "")
+        for peer, rate in benchmark.peers:
+            beside.add_row(peer, f"~{rate:,.0f}", f"{ours / rate:,.0f} ×")
+        shown.append(beside)
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, help=benchmark.about)
+        command.add_argument("--json", metavar="FILE", help="file for the figures as JSON; - prints them")
+    chosen = parser.parse_args(arguments)
+    figures = BENCHMARKS[chosen.name].measure()
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    console = Console(stderr=chosen.json == "-", width=width)
+    for table in tables(chosen.name, figures):
+        console.print(table)
+    text = json.dumps(figures, indent=2) + "\n"
+    if chosen.json == "-":
+        sys.stdout.write(text)
+    elif chosen.json:
+        Path(chosen.json).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
