@@ -15,7 +15,8 @@ from agents.settings import Tier1Settings
 from biscale_gym.cluster.placement import PHASES, Placement
 from biscale_gym.cluster.simulator import lowest_idle_power_w
 from biscale_gym.control.controllers import PlanContext
-from biscale_gym.planning.classes import Column, InstanceClass, Measurement, class_table, fitting_degrees
+from biscale_gym.planning.classes import Column, InstanceClass, Measurement, fitting_degrees
+from biscale_gym.planning.relaxation import usable_table
 
 
 def measurement_of(context: PlanContext, settings: Tier1Settings) -> Measurement:
@@ -117,7 +118,8 @@ class Tier1:
     def table(self, context: PlanContext) -> tuple[InstanceClass, ...]:
         """The class table of this context's profile, training trace and SLO, which stay the same during a run."""
         if self._table is None:
-            self._table = class_table(measurement_of(context, self.settings), grid_columns(context))
+            self._table, notes = usable_table(measurement_of(context, self.settings), grid_columns(context))
+            self.notes.extend(notes)
         return self._table
 
     def plan(self, context: PlanContext) -> Placement:

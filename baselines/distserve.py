@@ -22,7 +22,8 @@ from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.config import Settings, validate
 from biscale_gym.control.controllers import PlanContext
-from biscale_gym.planning.classes import Column, InstanceClass, Measurement, class_table, fitting_degrees
+from biscale_gym.planning.classes import Column, InstanceClass, Measurement, fitting_degrees
+from biscale_gym.planning.relaxation import usable_table
 
 
 class DistServeSettings(Settings):
@@ -200,7 +201,8 @@ class DistServe:
                 seed=settings.seed,
                 tpot_definition=scenario.tpot_definition,
             )
-            self._table = class_table(measurement, self.columns(context))
+            self._table, notes = usable_table(measurement, self.columns(context))
+            self.notes.extend(notes)
         return self._table
 
     def plan(self, context: PlanContext) -> Placement:
@@ -227,7 +229,7 @@ class DistServe:
 class DistServePP(DistServe):
     """DistServe searching pipeline stages too, as its authors do.
 
-    A row of its own: BiScale's classes have no pipeline, and pipelines without bubbles (docs/cluster.md) flatter this one.
+    A row of its own: BiScale's classes have no pipeline, and pipelines without bubbles (docs/cluster.md) flatter it.
     """
 
     name = "distserve-pp"

@@ -79,7 +79,9 @@ def main(
     if best is not None:
         judged += [judge(scenario, float(rate), seeds) for rate in np.arange(best + fine, best + step - fine / 2, fine)]
         best = max(result.rate_rps for result in judged if result.kept)
-    table = Table("requests/s", "P99 TTFT s", "P99 TPOT s", "GPUs", "placement", "kept", title=f"DistServe on {scenario}")
+    table = Table(
+        "requests/s", "P99 TTFT s", "P99 TPOT s", "GPUs", "placement", "kept", title=f"DistServe on {scenario}"
+    )
     for result in sorted(judged, key=lambda result: result.rate_rps):
         figures = (result.rate_rps, result.ttft_p99_s, result.tpot_p99_s, result.gpus)
         table.add_row(*(f"{figure:.3g}" for figure in figures), result.placement, "yes" if result.kept else "no")
