@@ -1,10 +1,10 @@
 """Derive a scenario's rate: a share of the highest mean rate at which DistServe keeps the SLO on the validation split.
 
-    python scripts/derive_rates.py paper-67 --share 0.67
+    python scripts/derive_rates.py --scenario paper-67 --share 0.67
 
-A rate is kept where, pooled over the seeds, P99 TTFT and P99 TPOT lie within the SLO; requests that never finish are infinitely
-late. Rates are scanned upward on a coarse grid, then between the highest kept one and its neighbour. Nothing here
-looks at the test split.
+A rate is kept where, pooled over the seeds, P99 TTFT and P99 TPOT lie within the SLO; requests that never finish are
+infinitely late. Rates are scanned upward on a coarse grid, then between the highest kept one and its neighbour. Nothing
+here looks at the test split.
 """
 
 from __future__ import annotations

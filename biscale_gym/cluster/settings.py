@@ -67,6 +67,8 @@ class ClusterSettings(Settings):
     transfer: str = "rdma-20"
     replacement: ReplacementSettings = ReplacementSettings()
     overrun_margin: NonNegative = 0.05
+    truncate_to_context: bool = True
+    """Shorten requests that exceed the model's context; some simulators serve them as they are."""
     serving_overhead_ms: NonNegative = 0.0
     """Client-side overhead added to every TTFT."""
 

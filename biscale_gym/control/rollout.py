@@ -172,8 +172,12 @@ class Rollout:
             self.simulator.reconfigure(placement)
         self.placements.append((now_s, placement))
 
-    def run(self) -> Counted:
-        """Serve the whole trace, drain included; returns what counts."""
+    def run(self, count_drain: bool = False) -> Counted:
+        """Serve the whole trace, drain included; returns what counts.
+
+        Args:
+            count_drain: count until the last event instead of the last arrival, however long the drain takes.
+        """
         end_s, warmup_s = self.end_s, min(self.scenario.warmup_s, self.end_s)
         window_s = self.scenario.window_s
         borders = set(np.arange(window_s, end_s, window_s).tolist()) if self.controller.replans else set()
@@ -188,9 +192,12 @@ class Rollout:
             if stop_s in samples:
                 self.timeline.add(self.simulator)
         assert start is not None
-        counted = Counted(warmup_s, end_s, self.simulator.instances().since(start))
-        self.simulator.run(end_s + self.scenario.drain_limit_s)
-        return counted
+        if not count_drain:
+            counted = Counted(warmup_s, end_s, self.simulator.instances().since(start))
+            self.simulator.run(end_s + self.scenario.drain_limit_s)
+            return counted
+        self.simulator.run()
+        return Counted(warmup_s, self.simulator.now_s, self.simulator.instances().since(start))
 
     def action_digest(self) -> str:
         """Of every placement planned and every clock asked for, with their times."""

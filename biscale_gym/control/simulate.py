@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,16 +19,18 @@ from biscale_gym.cluster.settings import (
     SloSettings,
 )
 from biscale_gym.cluster.simulator import PhasePolicy
-from biscale_gym.config import ConfigError, Settings, config_hash, load_preset, read_yaml, validate
+from biscale_gym.config import Settings, config_hash, load_preset, read_yaml, validate
 from biscale_gym.control.controllers import PlanContext, make_controller
 from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, outcome_of
 from biscale_gym.control.scenario import ScenarioSettings
-from biscale_gym.control.workload import Requests
+from biscale_gym.control.workload import Requests, within_context
 from biscale_gym.metrics import TpotDefinition
 from biscale_gym.profiles import Profile, load_profile
-from biscale_gym.traces import read_trace, truncate_to_context
+from biscale_gym.traces import read_trace
 from biscale_gym.traces.operations import require_duration
 
+HOLD = "hold"
+MAX_CLOCK = "max-clock"
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -61,7 +64,6 @@ class SimulationSettings(Settings):
     slo: SloSettings = SloSettings(ttft_s=0.6, tpot_s=0.1)
     clocks_mhz: tuple[int, ...] = ()
     warmup_s: Annotated[float, Field(ge=0)] = 0.0
-    drain_limit_s: Annotated[float, Field(ge=0)] = 3600.0
 
 
 class StatedPlacement:
@@ -129,29 +131,27 @@ def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed:
     profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
     stated = _placement(settings.instances, profile)
     top = profile.top_clock_mhz
+    if policy == MAX_CLOCK:
+        stated = Placement(tuple(replace(spec, clock_mhz=top) for spec in stated.instances))
     scenario = ScenarioSettings(
         description=f"{placement.name} on {trace.name}",
         workload="recorded",
         rate_rps=1.0,
         warmup_s=settings.warmup_s,
         duration_s=max(1800.0, 2.0 * settings.warmup_s),
-        drain_limit_s=settings.drain_limit_s,
         slo=settings.slo,
         cluster=cluster,
         clocks_mhz=tuple(sorted(set(settings.clocks_mhz) or {spec.clock_mhz for spec in stated.instances} | {top})),
         top_clock_mhz=top,
         tpot_definition=settings.tpot_definition,
     )
-    requests = truncate_to_context(read_trace(trace), profile.context_tokens)
+    requests = within_context(read_trace(trace), cluster, profile)
     if settings.warmup_s > 0.0:
         require_duration(requests, settings.warmup_s, "the warm-up")
-    policies = None if policy == "hold" else make_controller(policy).policies
+    policies = None if policy in (HOLD, MAX_CLOCK) else make_controller(policy).policies
     controller = StatedPlacement(stated, policy, policies)
     rate_rps = requests.rate_rps if len(requests) > 1 else 0.0
     rollout = Rollout(controller, scenario, Requests(requests, requests, rate_rps), seed, profile)
-    counted = rollout.run()
+    counted = rollout.run(count_drain=True)
     job = RunJob(scenario=str(placement), controller=policy, seed=seed, trace=str(trace))
     return outcome_of(rollout, counted, job, config_hash(scenario))
-
-
-__all__ = ["ConfigError", "SimulationSettings", "simulate_file"]

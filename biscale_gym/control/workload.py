@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.config import ConfigError, nearest
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.profiles import Profile
@@ -56,6 +57,11 @@ def split_seed(split: str, seed: int) -> int:
     return int(np.random.SeedSequence([SPLITS.index(split), seed]).generate_state(1, np.uint64)[0])
 
 
+def within_context(trace: Trace, cluster: ClusterSettings, profile: Profile) -> Trace:
+    """The trace as the cluster serves it: shortened to the model's context where the cluster's settings say so."""
+    return truncate_to_context(trace, profile.context_tokens) if cluster.truncate_to_context else trace
+
+
 def generated_requests(
     scenario: ScenarioSettings, profile: Profile, split: str, seed: int, rate_rps: float | None
 ) -> Requests:
@@ -67,8 +73,8 @@ def generated_requests(
     rate = rate_rps or scenario.rate_rps
     evaluated = generate(workload, rate, scenario.duration_s, split_seed("test" if split == "all" else split, seed))
     training = generate(workload, scenario.rate_rps, scenario.training_s, split_seed("train", 0))
-    context = profile.context_tokens
-    return Requests(truncate_to_context(evaluated, context), truncate_to_context(training, context), rate)
+    cluster = scenario.cluster
+    return Requests(within_context(evaluated, cluster, profile), within_context(training, cluster, profile), rate)
 
 
 def recorded_requests(
@@ -81,7 +87,7 @@ def recorded_requests(
     Raises:
         TraceError: the trace cannot be read, or is shorter than the warm-up or than a window.
     """
-    whole = truncate_to_context(read_trace(path), profile.context_tokens)
+    whole = within_context(read_trace(path), scenario.cluster, profile)
     require_duration(whole, scenario.warmup_s, "the warm-up")
     require_duration(whole, scenario.window_s, "one window")
     if rate_rps is not None:
