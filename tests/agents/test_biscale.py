@@ -45,6 +45,7 @@ def scenario():
         rate_rps=12.0,
         duration_s=60.0,
         training_s=60.0,
+        window_s=20.0,
         warmup_s=5.0,
         slo={"ttft_s": 0.4, "tpot_s": 0.05},
         cluster={"model": "llama-3.1-8b", "precision": "bf16", "nodes": 1, "gpus_per_node": 8},
@@ -82,9 +83,9 @@ def play(controller, scenario, profile, requests):
 def rows(cache, scenario, eight_billion, requests):
     controllers = {
         "distserve": DistServe(**QUICK),
-        "place-only": PlaceOnly(**QUICK, replan_s=20.0),
-        "biscale": BiScale(tier1={**QUICK, "replan_s": 20.0}),
-        "floored": BiScale(tier1={**QUICK, "replan_s": 20.0}, decode={"variant": "floored"}, prefill={"search": "dp"}),
+        "place-only": PlaceOnly(**QUICK),
+        "biscale": BiScale(tier1=QUICK),
+        "floored": BiScale(tier1=QUICK, decode={"variant": "floored"}, prefill={"search": "dp"}),
     }
     return {name: play(one, scenario, eight_billion, requests) for name, one in controllers.items()}
 
