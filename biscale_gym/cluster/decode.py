@@ -131,6 +131,7 @@ def _join(st: State, i: int, r: int) -> None:
         heap[position] = heap[parent]
         position = parent
     heap[position] = key
+    inst.run_first = heap[0]
     inst.run_n += 1
     inst.run_kv += _kv_present(req)
     log_event(st, EV_JOIN, i, r)
@@ -143,8 +144,8 @@ def _heap_replace(heap: Any, n: int, position: int, key: int) -> None:
         child = 2 * position + 1
         if child >= n:
             break
-        if child + 1 < n and heap[child + 1] < heap[child]:
-            child += 1
+        # Added, not branched on: which child is the lesser cannot be predicted.
+        child += np.int64(child + 1 < n and heap[child + 1] < heap[child])
         if heap[child] >= key:
             break
         heap[position] = heap[child]
@@ -192,6 +193,7 @@ def _preempt_last(st: State, i: int) -> None:
         inst.recompute_sum_sq -= np.float64(_kv_present(req)) ** 2
     req.generated += inst.iterations - req.join_iteration
     _heap_remove(st.run_heap[i], inst.run_n, r)
+    inst.run_first = st.run_heap[i, 0]
     _unlink(st, i, r)
     inst.run_n -= 1
     inst.run_kv -= _kv_present(req)
@@ -267,7 +269,7 @@ def _claim(st: State, i: int) -> None:
         inst.transit_tokens += present
 
 
-@compiled
+@inlined
 def deliver(st: State, i: int) -> None:
     """The first transfer on its way to instance i is complete."""
     inst = st.inst[i]
@@ -341,9 +343,10 @@ def end_decode(st: State, i: int) -> None:
         inst.recompute_tokens = 0
         inst.recompute_sum_sq = 0.0
     heap = st.run_heap[i]
-    while inst.run_n > 0 and heap[0] >> 32 <= inst.iterations:
-        r = heap[0] & _LOW_HALF
+    while inst.run_n > 0 and inst.run_first >> 32 <= inst.iterations:
+        r = inst.run_first & _LOW_HALF
         _heap_replace(heap, inst.run_n - 1, 0, heap[inst.run_n - 1])
+        inst.run_first = heap[0]
         _unlink(st, i, r)
         inst.run_n -= 1
         req = st.req[r]

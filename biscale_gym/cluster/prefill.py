@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from biscale_gym._jit import compiled
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.decode import hand_to_decode, reject
 from biscale_gym.cluster.primitives import log_event, mark_dirty
 from biscale_gym.cluster.routing import route
@@ -64,7 +64,7 @@ def hand_to_prefill(st: State, r: int) -> None:
     g.pending_prefill_tail = r
 
 
-@compiled
+@inlined
 def arrive(st: State, r: int) -> None:
     """Request r enters the cluster."""
     g = st.glob[0]

@@ -17,20 +17,23 @@ from biscale_gym.cluster.state import ACTIVE, BUSY, DRAINING, IDLE, LOADING, LOA
 
 @inlined
 def set_event(st: State, entity: int, time_s: float) -> None:
-    """Set an entity's timer (inf: none) and replay its matches up the tree."""
+    """Set an entity's timer (inf: none) and replay its matches up the tree, until one that it neither won nor wins."""
     tree_s, tree_entity = st.tree_s, st.tree_entity
     position = st.glob[0].leaves + entity
     tree_s[position] = time_s
-    position >>= 1
-    while position > 0:
-        left = 2 * position
-        winner = left if tree_s[left] <= tree_s[left + 1] else left + 1
-        entity_before = tree_entity[position]
-        tree_entity[position] = tree_entity[winner]
-        tree_s[position] = tree_s[winner]
-        if entity_before != entity and tree_entity[position] != entity:
-            break
+    # The winner so far climbs along; a match needs only its opponent, the sibling.
+    winner_s, winner = time_s, entity
+    while position > 1:
+        opponent = position ^ 1
+        opponent_s = tree_s[opponent]
+        # Equal times are won by the lower entity, which is on the left.
+        if opponent_s < winner_s or (opponent_s == winner_s and opponent < position):
+            winner_s, winner = opponent_s, np.int64(tree_entity[opponent])
         position >>= 1
+        if tree_entity[position] != entity and winner != entity:
+            break
+        tree_s[position] = winner_s
+        tree_entity[position] = winner
 
 
 @inlined

@@ -235,6 +235,7 @@ INSTANCE = np.dtype(
         # running decode batch
         ("run_tail", _i),
         ("run_n", _i),
+        ("run_first", _i),  # least key of the heap, at hand in every iteration
         ("run_kv", _i),
         ("recompute_n", _i),
         ("recompute_tokens", _i),
@@ -326,6 +327,7 @@ def copy_state(state: State) -> State:
 
 def restore_state(state: State, snapshot: State) -> None:
     """Write ``snapshot`` back into ``state`` in place."""
+    target: npt.NDArray[Any]
     for target, source in zip(state, snapshot, strict=True):
         target[...] = source
 

@@ -16,8 +16,15 @@ from biscale_gym.profiles import layout as at
 
 Vector = NDArray[np.float64]
 
-_POWER_TOLERANCE_W = 1e-9
+_POWER_TOLERANCE_W = 1e-5
 _MAX_STEPS = 60
+_SLOPE_STEP_GHZ = 1e-4
+
+
+@inlined
+def power(x: float, y: float) -> float:
+    """x^y of a positive x, twice as fast as libm's pow and right to a few units in the last place."""
+    return float(np.exp(y * np.log(x)))
 
 
 @inlined
@@ -29,19 +36,23 @@ def clock_terms(model: Vector, ghz: float) -> tuple[float, float, float, float, 
         weights' time to the power p, the dense products' time for one token to the power p, seconds per squared token
         and per KV token.
     """
-    # log of 1/r(f): the one transcendental that latency and its p-th power share.
-    slow = np.log1p((model[at.KNEE_GHZ] / ghz) ** model[at.KNEE_POWER]) / model[at.KNEE_POWER] - model[at.KNEE_SCALE]
+    # Powers of the clock are exponentials of one logarithm; ``slow`` is that of 1/r(f).
+    log_ghz = np.log(ghz)
+    knee = np.exp(model[at.KNEE_POWER] * (model[at.LOG_KNEE_GHZ] - log_ghz))
+    slow = np.log1p(knee) / model[at.KNEE_POWER] - model[at.KNEE_SCALE]
     inverse_r = np.exp(slow)
     p = model[at.NORM]
-    tensor_ghz = min(ghz, model[at.TENSOR_LIMIT_GHZ])
+    tensor_ghz, log_tensor_ghz = ghz, log_ghz
+    if ghz > model[at.TENSOR_LIMIT_GHZ]:
+        tensor_ghz, log_tensor_ghz = model[at.TENSOR_LIMIT_GHZ], model[at.LOG_TENSOR_LIMIT_GHZ]
     fixed_s = (
         model[at.HOST_S]
         + model[at.REDUCE_S] * (model[at.REDUCE_FLAT] + model[at.REDUCE_GHZ] / ghz)
         + model[at.LAUNCH_S] * (model[at.LAUNCH_FLAT] + model[at.LAUNCH_GHZ] / ghz)
     )
     token_s = model[at.REDUCE_S_PER_TOKEN] + model[at.ELEMENTWISE_S] * inverse_r
-    memory_p = (model[at.WEIGHT_S] * inverse_r) ** p
-    compute_p = (model[at.COMPUTE_S_GHZ] / tensor_ghz) ** p
+    memory_p = np.exp(p * (model[at.LOG_WEIGHT_S] + slow))
+    compute_p = np.exp(p * (model[at.LOG_COMPUTE_S_GHZ] - log_tensor_ghz))
     return fixed_s, token_s, memory_p, compute_p, model[at.ATTENTION_S_GHZ] / tensor_ghz, model[at.KV_S] * inverse_r
 
 
@@ -79,18 +90,22 @@ def base_and_work(
 
 
 @inlined
-def closed_form(
-    model: Vector, ghz: float, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+def _at_ghz(
+    model: Vector,
+    ghz: float,
+    batch: float,
+    kv_tokens: float,
+    prefill_tokens: float,
+    sum_len_sq: float,
+    tokens_p: float,
 ) -> tuple[float, float]:
-    """Latency [s] and power per GPU [W] at any clock, board limit ignored. Parametric profiles only."""
+    """As ``closed_form``, given ``tokens_p``: the number of all tokens to the power p."""
     fixed_s, token_s, memory_p, compute_p, square_s, kv_token_s = clock_terms(model, ghz)
-    tokens = batch + prefill_tokens
-    dense_s = (memory_p + compute_p * tokens ** model[at.NORM]) ** (1.0 / model[at.NORM])
     latency_s = (
         fixed_s
         + model[at.HOST_S_PER_SEQUENCE] * batch
-        + token_s * tokens
-        + dense_s
+        + token_s * (batch + prefill_tokens)
+        + power(memory_p + compute_p * tokens_p, 1.0 / model[at.NORM])
         + square_s * sum_len_sq
         + kv_token_s * kv_tokens
     )
@@ -99,50 +114,94 @@ def closed_form(
 
 
 @inlined
-def limited(
-    model: Vector, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+def closed_form(
+    model: Vector, ghz: float, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
-    """Effective clock [GHz] and latency [s] where the board limit holds power at exactly its value.
+    """Latency [s] and power per GPU [W] at any clock, board limit ignored. Parametric profiles only."""
+    tokens_p = power(batch + prefill_tokens, model[at.NORM])
+    return _at_ghz(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
 
-    Power rises with the clock, so the root is unique; the bracket is the hardware's whole range, which makes the answer
-    the same bits for every locked clock above it. Secant steps that fall out of the bracket become bisections.
+
+@inlined
+def _root(
+    model: Vector,
+    batch: float,
+    kv_tokens: float,
+    prefill_tokens: float,
+    sum_len_sq: float,
+    tokens_p: float,
+    ghz: float,
+    slope: float,
+) -> tuple[float, float]:
+    """Clock [GHz] at which power is the board limit, and the latency [s] there, from a first guess and slope [W/GHz].
+
+    Secant steps within a bracket; one that falls out of it becomes a bisection. The last step is not evaluated: the
+    latency is carried along the secant.
     """
     low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
-    before, g_before = high, 0.0
-    # Power bends where the tensor cores stop following the clock: start from that point.
-    start = model[at.TENSOR_LIMIT_GHZ]
-    if start <= low or start >= high:
-        start = 0.5 * (low + high)
-    ghz, latency_s = high, 0.0
+    before, g_before, latency_before_s = ghz, 0.0, 0.0
+    latency_s = 0.0
     for step in range(_MAX_STEPS):
-        latency_s, power_w = closed_form(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq)
+        latency_s, power_w = _at_ghz(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
         g = power_w - model[at.LIMIT_W]
-        if abs(g) <= _POWER_TOLERANCE_W:
+        if g == 0.0:
             break
         if g > 0.0:
             high = ghz
         else:
             low = ghz
-        following = start if step == 0 else ghz - g * (ghz - before) / (g - g_before)
-        if not low < following < high:
+        if step > 0:
+            slope = (g - g_before) / (ghz - before)
+        following = ghz - g / slope
+        inside = low < following < high
+        if not inside:
             following = 0.5 * (low + high)
-        before, g_before, ghz = ghz, g, following
+        if step > 0 and inside and abs(g) <= _POWER_TOLERANCE_W:
+            latency_s += (latency_s - latency_before_s) * (following - ghz) / (ghz - before)
+            ghz = following
+            break
+        if following == ghz:
+            break
+        before, g_before, latency_before_s, ghz = ghz, g, latency_s, following
     return ghz, latency_s
 
 
 @inlined
+def limited(
+    model: Vector, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float, tokens_p: float
+) -> tuple[float, float]:
+    """Effective clock [GHz] and latency [s] where the board limit holds power at exactly its value.
+
+    Power rises with the clock, so the root is unique; neither start nor bracket depends on the locked clock, which
+    makes the answer the same bits for every lock above it. The start is that of one prompt of as many tokens.
+    """
+    knot = at.LIMIT_KNOTS_PER_OCTAVE * np.log2(batch + prefill_tokens)
+    below = min(int(knot), at.LIMIT_KNOTS - 2)
+    share = min(knot - below, 1.0)
+    entry = int(model[at.LIMIT_START]) + below * at.LIMIT_ENTRY
+    following = entry + at.LIMIT_ENTRY
+    ghz = (1.0 - share) * model[entry + at.LIMIT_GHZ] + share * model[following + at.LIMIT_GHZ]
+    slope = (1.0 - share) * model[entry + at.LIMIT_W_PER_GHZ] + share * model[following + at.LIMIT_W_PER_GHZ]
+    return _root(model, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p, ghz, slope)
+
+
+@inlined
 def at_clock(
-    model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
+    model: Vector,
+    clock: int,
+    batch: float,
+    kv_tokens: float,
+    prefill_tokens: float,
+    sum_len_sq: float,
+    tokens_p: float,
 ) -> tuple[float, float, float]:
     """Latency [s] of the parametric form at a clock of the list, with base power and work, board limit ignored."""
     row = at.HEADER + clock * at.ROW
-    tokens = batch + prefill_tokens
-    p = model[at.NORM]
     latency_s = (
         model[row + at.FIXED_S]
         + model[at.HOST_S_PER_SEQUENCE] * batch
-        + model[row + at.TOKEN_S] * tokens
-        + (model[row + at.MEMORY_P] + model[row + at.COMPUTE_P] * tokens**p) ** (1.0 / p)
+        + model[row + at.TOKEN_S] * (batch + prefill_tokens)
+        + power(model[row + at.MEMORY_P] + model[row + at.COMPUTE_P] * tokens_p, 1.0 / model[at.NORM])
         + model[row + at.SQUARE_S] * sum_len_sq
         + model[row + at.KV_TOKEN_S] * kv_tokens
     )
@@ -152,7 +211,7 @@ def at_clock(
 
 @njit(cache=True, error_model="numpy")
 def fill_parametric(model: Vector) -> None:
-    """Fill clock rows and decode table of a parametric vector whose header and clocks (GHz) are set."""
+    """Fill clock rows, decode table and search starts of a parametric vector whose header and clocks (GHz) are set."""
     table = int(model[at.DECODE])
     clocks = int(model[at.CLOCKS])
     tokens_p = np.arange(int(model[at.MAX_BATCH]) + 1, dtype=np.float64) ** model[at.NORM]
@@ -172,8 +231,22 @@ def fill_parametric(model: Vector) -> None:
         model[row + at.KV_TOKEN_S] = kv_token_s
         for b in range(int(model[at.MAX_BATCH]) + 1):
             entry = table + (b * clocks + clock) * at.ENTRY
-            dense_s = (memory_p + compute_p * tokens_p[b]) ** (1.0 / model[at.NORM])
+            dense_s = power(memory_p + compute_p * tokens_p[b], 1.0 / model[at.NORM])
             model[entry + at.A] = fixed_s + (model[at.HOST_S_PER_SEQUENCE] + token_s) * b + dense_s
             model[entry + at.C] = kv_token_s
             model[entry + at.N0] = base_and_work(model, ghz, float(b), 0.0, 0.0, 0.0)[1]
             model[entry + at.NK] = model[at.KV_J]
+    low, high, p = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ], model[at.NORM]
+    start = 0.5 * (low + high)
+    for j in range(at.LIMIT_KNOTS):
+        tokens = 2.0 ** (j / at.LIMIT_KNOTS_PER_OCTAVE)
+        ghz = high
+        if closed_form(model, high, 0.0, 0.0, tokens, tokens * tokens)[1] > model[at.LIMIT_W]:
+            w_per_ghz = model[at.LIMIT_W] / high
+            ghz = _root(model, 0.0, 0.0, tokens, tokens * tokens, power(tokens, p), start, w_per_ghz)[0]
+        ghz = min(max(ghz, low + _SLOPE_STEP_GHZ), high - _SLOPE_STEP_GHZ)
+        above_w = closed_form(model, ghz + _SLOPE_STEP_GHZ, 0.0, 0.0, tokens, tokens * tokens)[1]
+        below_w = closed_form(model, ghz - _SLOPE_STEP_GHZ, 0.0, 0.0, tokens, tokens * tokens)[1]
+        entry = int(model[at.LIMIT_START]) + j * at.LIMIT_ENTRY
+        model[entry + at.LIMIT_GHZ] = ghz
+        model[entry + at.LIMIT_W_PER_GHZ] = (above_w - below_w) / (2.0 * _SLOPE_STEP_GHZ)

@@ -41,7 +41,8 @@ class ParametricProfile(Profile):
     def _compile(self, tp: int, clocks_mhz: Sequence[int], max_batch: int) -> Vector:
         rows = k.HEADER
         table = rows + len(clocks_mhz) * k.ROW
-        vector = np.zeros(table + (max_batch + 1) * len(clocks_mhz) * k.ENTRY)
+        limit_start = table + (max_batch + 1) * len(clocks_mhz) * k.ENTRY
+        vector = np.zeros(limit_start + k.LIMIT_KNOTS * k.LIMIT_ENTRY)
         vector[k.KIND], vector[k.CLOCKS], vector[k.MAX_BATCH], vector[k.TP] = (
             k.PARAMETRIC,
             len(clocks_mhz),
@@ -50,6 +51,7 @@ class ParametricProfile(Profile):
         )
         vector[k.DECODE], vector[k.BATCH_STRIDE] = table, len(clocks_mhz) * k.ENTRY
         vector[k.KV_SEGMENTS], vector[k.KV_STEP] = 1, math.inf
+        vector[k.LIMIT_START] = limit_start
         self._fill_latency(vector, tp)
         self._fill_power(vector, tp)
         vector[rows + k.GHZ : table : k.ROW] = np.asarray(clocks_mhz) / 1000
@@ -72,15 +74,18 @@ class ParametricProfile(Profile):
         vector[k.LOWEST_GHZ], vector[k.HIGHEST_GHZ] = lowest, highest
         vector[k.HOST_S], vector[k.HOST_S_PER_SEQUENCE] = 1e-3 * latency.host_ms, 1e-3 * latency.host_ms_per_sequence
         vector[k.NORM] = latency.roofline_norm
-        vector[k.KNEE_GHZ], vector[k.KNEE_POWER] = latency.bandwidth_knee_ghz, latency.bandwidth_knee_power
+        vector[k.LOG_KNEE_GHZ] = math.log(latency.bandwidth_knee_ghz)
+        vector[k.KNEE_POWER] = latency.bandwidth_knee_power
         # The bandwidth curve is relative to the top clock.
         vector[k.KNEE_SCALE] = (
             math.log1p((latency.bandwidth_knee_ghz / highest) ** latency.bandwidth_knee_power)
             / latency.bandwidth_knee_power
         )
         vector[k.TENSOR_LIMIT_GHZ] = latency.tensor_limit_ghz
-        vector[k.WEIGHT_S] = self.weight_bytes / (tp * own.bandwidth_tb_per_s * 1e12)
-        vector[k.COMPUTE_S_GHZ] = 2 * model.linear_parameters / (tp * own.efficiency * own.peak_multiple * flop_per_ghz)
+        vector[k.LOG_TENSOR_LIMIT_GHZ] = math.log(latency.tensor_limit_ghz)
+        vector[k.LOG_WEIGHT_S] = math.log(self.weight_bytes / (tp * own.bandwidth_tb_per_s * 1e12))
+        compute_s_ghz = 2 * model.linear_parameters / (tp * own.efficiency * own.peak_multiple * flop_per_ghz)
+        vector[k.LOG_COMPUTE_S_GHZ] = math.log(compute_s_ghz)
         vector[k.ATTENTION_S_GHZ] = model.attention_flop_per_square / (tp * latency.attention_efficiency * flop_per_ghz)
         vector[k.KV_S] = model.kv_bytes_per_token / (tp * latency.kv_tb_per_s * 1e12)
         if tp > 1:
