@@ -327,8 +327,8 @@ def copy_state(state: State) -> State:
 
 def restore_state(state: State, snapshot: State) -> None:
     """Write ``snapshot`` back into ``state`` in place."""
-    target: npt.NDArray[Any]
-    for target, source in zip(state, snapshot, strict=True):
+    arrays: tuple[npt.NDArray[Any], ...] = state
+    for target, source in zip(arrays, snapshot, strict=True):
         target[...] = source
 
 
