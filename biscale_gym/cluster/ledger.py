@@ -47,7 +47,6 @@ class InstanceLedger:
     Attributes:
         is_prefill: bool[I].
         tp: int64[I].
-        clock_mhz: int64[I], in force now.
         energy_j, time_s: float64[I, 4], by bucket (state.BUCKETS).
         iterations, prompt_tokens, output_tokens, clock_changes: int64[I].
         unallocated_j: joules of GPUs that belong to no instance.

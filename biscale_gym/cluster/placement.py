@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -106,8 +107,8 @@ def check_placement(
             raise PlacementError(f"{where}: a TP group must fit on one node of {gpus_per_node} GPUs")
         if spec.pp < 1:
             raise PlacementError(f"{where}: pp must be at least 1, got {spec.pp}")
-        if not spec.weight > 0.0:
-            raise PlacementError(f"{where}: the routing weight must be positive, got {spec.weight}")
+        if not 0.0 < spec.weight < math.inf:
+            raise PlacementError(f"{where}: the routing weight must be positive and finite, got {spec.weight}")
     for phase in phases:
         if not placement.of(phase):
             raise PlacementError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,16 @@ import numpy.typing as npt
 from biscale_gym.cluster import engine
 from biscale_gym.cluster.clocks import ask_clock
 from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger, read_instances, read_requests
-from biscale_gym.cluster.placement import PHASES, Lane, Phase, Placement, check_placement, layout, transition
+from biscale_gym.cluster.placement import (
+    PHASES,
+    InstanceSpec,
+    Lane,
+    Phase,
+    Placement,
+    check_placement,
+    layout,
+    transition,
+)
 from biscale_gym.cluster.policy import hold
 from biscale_gym.cluster.primitives import accrue_all
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
@@ -21,6 +32,7 @@ from biscale_gym.cluster.state import (
     AWAITING_GPUS,
     COMPILED,
     DECODE,
+    DRAINING,
     EXTERNAL,
     HOLD,
     LOADING,
@@ -82,6 +94,16 @@ class Decision:
     phase: Phase
     reason: int
     obs: Vector
+
+
+class Snapshot(NamedTuple):
+    """Everything of a simulator that running, re-placing or another policy changes."""
+
+    state: State
+    lanes: dict[int, Lane]
+    model_spans: dict[int, tuple[int, int]]
+    predicted_spans: dict[int, tuple[int, int]]
+    policies: tuple[PhasePolicy, PhasePolicy]
 
 
 def lowest_idle_power_w(profile: Profile) -> float:
@@ -170,7 +192,8 @@ class Simulator:
         glob["router_prefill"] = ROUTERS.index(routing.prefill)
         glob["router_decode"] = ROUTERS.index(routing.decode)
         glob["decode_load_counts_running"] = routing.decode_load == "requests"
-        glob["ttft_slo_s"], glob["tpot_slo_s"] = slo.ttft_s, slo.tpot_s
+        # What a policy can keep of TTFT is the part that the cluster spends.
+        glob["ttft_slo_s"], glob["tpot_slo_s"] = slo.ttft_s - 1e-3 * settings.serving_overhead_ms, slo.tpot_s
         glob["overrun_margin"] = settings.overrun_margin
         glob["prediction_is_exact"] = self._predicted is None
         glob["clocks"] = len(self.clocks_mhz)
@@ -183,7 +206,9 @@ class Simulator:
         glob["kv_bytes_per_token"] = self.profile.kv_bytes_per_token
         glob["bytes_per_s_within_node"] = transfer.bytes_per_s(1, 1, True)
         glob["bytes_per_s_between_nodes"] = transfer.bytes_per_s(1, 1, False)
-        streams = np.random.SeedSequence(seed) if isinstance(seed, int) else seed
+        if not isinstance(seed, np.random.SeedSequence) and seed < 0:
+            raise ClusterError(f"seed is {seed}, expected a whole number of at least 0")
+        streams = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
         glob["rng_switching"], glob["rng_routing"] = streams.generate_state(2, np.uint64)
         glob["gpus"] = settings.gpus
         glob["unallocated_w_per_gpu"] = lowest_idle_power_w(self.profile)
@@ -201,8 +226,8 @@ class Simulator:
             self.state = self.state._replace(**{name: np.concatenate([present, vector])})
         return spans[tp]
 
-    def _kv_capacity(self, lane: Lane) -> int:
-        spec, batching = lane.spec, self.settings.batching
+    def _kv_capacity(self, spec: InstanceSpec) -> int:
+        batching = self.settings.batching
         forced = batching.prefill_kv_tokens if spec.phase == "prefill" else batching.decode_kv_tokens
         if forced is not None:
             return forced
@@ -237,7 +262,7 @@ class Simulator:
         if number == len(self.state.inst):
             self._grow()
         spec = lane.spec
-        capacity_tokens = self._kv_capacity(lane)
+        capacity_tokens = self._kv_capacity(spec)
         span, believed = self._span(spec.tp, False), self._span(spec.tp, True)
         inst = self.state.inst[number]
         inst["phase"] = PREFILL if spec.phase == "prefill" else DECODE
@@ -321,7 +346,7 @@ class Simulator:
             params_decode=np.ascontiguousarray(self._decode.params, dtype=np.float64),
         )
 
-    def run(self, until_s: float = np.inf, answer: int = engine.NO_ANSWER) -> Decision | None:
+    def run(self, until_s: float = np.inf, answer: int | None = None) -> Decision | None:
         """Run to the next decision of the caller's (returned), or to ``until_s`` or the end (None).
 
         Events at exactly ``until_s`` have not happened yet.
@@ -331,41 +356,83 @@ class Simulator:
             answer: clock index for the decision that the previous call returned.
 
         Raises:
-            PolicyError: a policy raised, or answered with a clock that does not exist.
+            PolicyError: a policy raised, or answered with a clock that does not exist; the decision still waits.
+            ClusterError: ``until_s`` is NaN, or an answer to no decision.
         """
+        if math.isnan(until_s):
+            raise ClusterError("run: until_s is nan, expected a time in seconds")
+        glob = self.state.glob[0]
+        clock = engine.NO_ANSWER
+        if answer is not None:
+            if glob["pending_instance"] < 0:
+                raise ClusterError(f"run: answer {answer!r}, but no decision waits for one at {self.now_s:.6f} s")
+            clock = self._checked_clock(answer, self._asked())
         try:
-            reached = engine.advance(self.state, self._prefill.function, self._decode.function, until_s, answer)
+            reached = engine.advance(self.state, self._prefill.function, self._decode.function, until_s, clock)
         except Exception as error:
             raise PolicyError(f"a clock policy failed at {self.now_s:.6f} s: {error!r}") from error
-        glob = self.state.glob[0]
         if reached == engine.BAD_ANSWER:
-            number = int(glob["pending_instance"])
-            raise PolicyError(
-                f"the {self._phase_of(number)} policy answered clock {int(glob['bad_answer'])} for instance {number} "
-                f"at {self.now_s:.6f} s; valid: 0 to {len(self.clocks_mhz) - 1} ({list(self.clocks_mhz)} MHz)"
-            )
+            self._checked_clock(int(glob["bad_answer"]), self._asked())
         if reached != engine.DECISION:
             return None
         number = int(glob["pending_instance"])
         return Decision(number, self._phase_of(number), int(glob["pending_reason"]), self.state.obs.copy())
 
+    def _asked(self) -> str:
+        """Who was asked for the pending decision, where and when."""
+        number = int(self.state.glob[0]["pending_instance"])
+        return f"the {self._phase_of(number)} policy, for instance {number} at {self.now_s:.6f} s,"
+
+    def _checked_clock(self, answer: Any, who: str) -> int:
+        """``answer`` as an index into the clock list.
+
+        Raises:
+            PolicyError: it is none; the nearest is named.
+        """
+        top = len(self.clocks_mhz) - 1
+        try:
+            index = operator.index(answer)
+        except TypeError:
+            index = -1
+        if 0 <= index <= top:
+            return index
+        valid = f"valid: 0 to {top} ({list(self.clocks_mhz)} MHz)"
+        if isinstance(answer, (int, float, np.number)) and not np.isnan(answer):
+            valid = f"the nearest is {round(min(max(float(answer), 0.0), float(top)))}; {valid}"
+        raise PolicyError(f"{who} answered {answer}, which is no clock index; {valid}")
+
     def _phase_of(self, number: int) -> Phase:
         return "prefill" if self.state.inst[number]["phase"] == PREFILL else "decode"
 
     def set_clock(self, number: int, clock: int) -> None:
-        """Ask for a clock (an index) on an instance now, outside any decision point."""
-        if not 0 <= clock < len(self.clocks_mhz):
-            raise PolicyError(
-                f"clock index {clock} is outside 0 to {len(self.clocks_mhz) - 1} ({list(self.clocks_mhz)} MHz)"
-            )
-        ask_clock(self.state, number, clock)
+        """Ask for a clock (an index) on an instance now, outside any decision point.
+
+        Raises:
+            PolicyError: no such clock; the nearest is named.
+            ClusterError: no such instance, or one that is not there (any more).
+        """
+        index = self._checked_clock(clock, f"set_clock for instance {number}")
+        status = self.state.inst["status"]
+        present = [one for one in self._lanes if status[one] in (LOADING, ACTIVE, DRAINING)]
+        if number not in present:
+            raise ClusterError(f"set_clock: no instance {number} is running; valid: {present}")
+        ask_clock(self.state, number, index)
 
     def reconfigure(self, placement: Placement) -> None:
-        """Change the placement now (docs/cluster.md, Windows and re-placement)."""
+        """Change the placement now (docs/cluster.md, Windows and re-placement).
+
+        Raises:
+            PlacementError, ProfileError, ClusterError: it cannot be; nothing has changed then.
+        """
         settings = self.settings
         check_placement(
             placement, self.profile.tensor_parallel_degrees, settings.nodes, settings.gpus_per_node, self._phases
         )
+        for spec in placement.instances:
+            self._kv_capacity(spec)
+            self.clock_index(spec.clock_mhz)
+            self._span(spec.tp, False)
+            self._span(spec.tp, True)
         status = self.state.inst["status"]
         running = [
             (number, lane) for number, lane in self._lanes.items() if status[number] in (AWAITING_GPUS, LOADING, ACTIVE)
@@ -392,10 +459,14 @@ class Simulator:
             engine.start_waiting_instances(self.state, node)
 
     def _apply_base_clock(self, number: int, clock: int) -> None:
-        """Where nobody decides, a kept instance moves to its new base clock."""
-        glob = self.state.glob[0]
-        mode = glob["mode_prefill"] if self.state.inst[number]["phase"] == PREFILL else glob["mode_decode"]
-        if mode == HOLD:
+        """Where nobody decides, a kept instance moves to its new base clock; one without GPUs yet will start at it."""
+        glob, inst = self.state.glob[0], self.state.inst[number]
+        mode = glob["mode_prefill"] if inst["phase"] == PREFILL else glob["mode_decode"]
+        if mode != HOLD:
+            return
+        if inst["status"] == AWAITING_GPUS:
+            inst["clock"] = inst["target"] = clock
+        else:
             ask_clock(self.state, number, clock)
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -435,15 +506,23 @@ class Simulator:
         """The logged events, in order (state.EVENT)."""
         return self.state.log[: int(self.state.glob[0]["log_n"])].copy()
 
-    def snapshot(self) -> tuple[State, dict[int, Lane]]:
-        """An exact copy of everything that a run changes."""
-        return copy_state(self.state), dict(self._lanes)
+    def snapshot(self) -> Snapshot:
+        """An exact copy of everything that running, re-placing or another policy changes."""
+        return Snapshot(
+            copy_state(self.state),
+            dict(self._lanes),
+            dict(self._model_spans),
+            dict(self._predicted_spans),
+            (self._prefill, self._decode),
+        )
 
-    def restore(self, snapshot: tuple[State, dict[int, Lane]]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this simulator; it stays usable."""
-        saved, lanes = snapshot
-        if [array.shape for array in saved] != [array.shape for array in self.state]:
-            self.state = copy_state(saved)
+        if [array.shape for array in snapshot.state] != [array.shape for array in self.state]:
+            self.state = copy_state(snapshot.state)
         else:
-            restore_state(self.state, saved)
-        self._lanes = dict(lanes)
+            restore_state(self.state, snapshot.state)
+        self._lanes = dict(snapshot.lanes)
+        self._model_spans = dict(snapshot.model_spans)
+        self._predicted_spans = dict(snapshot.predicted_spans)
+        self._prefill, self._decode = snapshot.policies

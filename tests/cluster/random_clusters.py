@@ -150,8 +150,8 @@ def _random_placement(rng: np.random.Generator, only: Phase | None) -> Placement
     return Placement(tuple(specs))
 
 
-def run_engine(case: Case) -> Simulator:
-    """The case on the compiled engine, every event logged."""
+def new_engine(case: Case) -> Simulator:
+    """The case on the compiled engine, every event logged, nothing run yet."""
     simulator = Simulator(
         case.settings,
         case.profile,
@@ -169,6 +169,12 @@ def run_engine(case: Case) -> Simulator:
             PhasePolicy(restless_prefill, on_arrival=True, on_overrun=case.mispredict, on_idle=True),
             PhasePolicy(restless_decode, on_overrun=case.mispredict, on_idle=True),
         )
+    return simulator
+
+
+def run_engine(case: Case) -> Simulator:
+    """The case on the compiled engine until its ``until_s``."""
+    simulator = new_engine(case)
     for at_s, placement in case.borders:
         simulator.run(at_s)
         simulator.reconfigure(placement)

@@ -63,6 +63,11 @@ def test_random_replacements(first: int) -> None:
         assert_same(random_case(seed, borders=True))
 
 
+@pytest.mark.parametrize("seed", [7321, 7830, 8669])
+def test_an_instance_that_waits_for_gpus_starts_at_its_new_clock(seed: int) -> None:
+    assert_same(random_case(seed, borders=True))
+
+
 @pytest.mark.parametrize("seed", range(2000, 2030))
 def test_decode_alone(seed: int) -> None:
     assert_same(random_case(seed, only="decode"))

@@ -103,6 +103,7 @@ class Cluster(Serving):
     def change_placement(self, border: Border) -> None:
         """Drain what leaves, bring in what is new, and route again what had not begun."""
         returned = []
+        waiting = {instance.number for instance in self.instances if instance.state == "waiting-for-gpus"}
         for number in sorted(border.drain):
             instance = self.instances[number]
             if instance.state == "active":
@@ -121,7 +122,11 @@ class Cluster(Serving):
         for instance in self.instances:
             instance.weight = border.weights.get(instance.number, instance.weight)
         for number in sorted(border.clocks):
-            self.request_clock(self.instances[number], border.clocks[number])
+            instance, clock = self.instances[number], border.clocks[number]
+            if number in waiting:
+                instance.clock = instance.target = instance.commanded = clock
+            else:
+                self.request_clock(instance, clock)
         self.empty_common_queues()
         for request, phase in returned:
             self.route(request, phase)
