@@ -79,8 +79,8 @@ def _share(mask: npt.NDArray[np.bool_]) -> float:
     return float(mask.mean()) if mask.size else float("nan")
 
 
-def _per(joules: float, tokens: int) -> float:
-    return joules / tokens if tokens else float("nan")
+def _per(amount: float, count: float) -> float:
+    return amount / count if count else float("nan")
 
 
 def measure(
@@ -119,7 +119,7 @@ def measure(
         "total_energy_j": total_j,
         "prefill_j_per_token": _per(prefill_j, prompt_tokens),
         "decode_j_per_token": _per(decode_j, output_tokens),
-        "mean_power_w": total_j / seconds,
+        "mean_power_w": _per(total_j, seconds),
     }
     for name, values in (("ttft", ttft), ("tpot", tpot)):
         for quantile, percent in _QUANTILES.items():
@@ -128,13 +128,13 @@ def measure(
         "joint_attainment": _share(ttft_kept & tpot_kept),
         "ttft_attainment": _share(ttft_kept),
         "tpot_attainment": _share(tpot_kept),
-        "goodput_rps": good / seconds,
+        "goodput_rps": _per(good, seconds),
         "requests_judged": int(judged.sum()),
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "prefill_iterations": int(energy.iterations[energy.is_prefill].sum()),
         "decode_iterations": int(energy.iterations[~energy.is_prefill].sum()),
         "clock_changes": int(energy.clock_changes.sum()),
-        "gpus_used": gpu_seconds / seconds,
+        "gpus_used": _per(gpu_seconds, seconds),
     }
     return Measurement(row, ttft, tpot)

@@ -102,7 +102,7 @@ def find_controller(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ControllerError(f"controller {name!r} cannot be loaded: {error}") from error
     return found
 

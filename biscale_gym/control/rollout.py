@@ -161,7 +161,7 @@ class Rollout:
     @property
     def end_s(self) -> float:
         """Where the counted part ends: the generated duration, or a recorded trace's last arrival."""
-        return max(self.requests.evaluated.duration_s, 0.0)
+        return self.requests.end_s
 
     def _replan(self, now_s: float, window_s: float) -> None:
         arrival_s = self.requests.evaluated.arrival_s

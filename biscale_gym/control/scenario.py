@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
-from biscale_gym.config import ConfigError, Settings, load_preset
+from biscale_gym.config import ConfigError, Settings, load_preset, nearest, validate
 from biscale_gym.metrics import TpotDefinition
 
 Positive = Annotated[float, Field(gt=0)]
@@ -76,9 +76,11 @@ def load_scenario(name_or_path: str, overrides: dict[str, Any] | None = None) ->
         *parents, last = dotted.split(".")
         for parent in parents:
             if not isinstance(at.get(parent), dict):
-                raise ConfigError(f"scenario {name_or_path!r} has no settings group {parent!r} (in {dotted!r})")
+                groups = sorted(key for key, group in at.items() if isinstance(group, dict))
+                raise ConfigError(
+                    f"scenario {name_or_path!r} has no settings group {parent!r} (in {dotted!r}); "
+                    f"{nearest(parent, groups)}"
+                )
             at = at[parent]
         at[last] = value
-    from biscale_gym.config import validate
-
     return validate(ScenarioSettings, values, f"scenario {name_or_path!r} with overrides")

@@ -19,8 +19,8 @@ from biscale_gym.cluster.settings import (
     SloSettings,
 )
 from biscale_gym.cluster.simulator import PhasePolicy
-from biscale_gym.config import Settings, config_hash, load_preset, read_yaml, validate
-from biscale_gym.control.controllers import PlanContext, make_controller
+from biscale_gym.config import Settings, config_hash, load_preset, nearest, read_yaml, validate
+from biscale_gym.control.controllers import ControllerError, PlanContext, controller_names, make_controller
 from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, outcome_of
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.control.workload import Requests, within_context
@@ -48,7 +48,7 @@ class InstanceGroup(Settings):
 class SimulationSettings(Settings):
     """A placement file: instances, the cluster preset they run on, and what of it is replaced."""
 
-    instances: Annotated[tuple[InstanceGroup, ...], Field(min_length=1)]
+    instances: tuple[InstanceGroup, ...]
     preset: str = "h100-2x8"
     model: str | None = None
     precision: Literal["bf16", "fp8"] | None = None
@@ -113,6 +113,16 @@ def _placement(groups: tuple[InstanceGroup, ...], profile: Profile) -> Placement
     return Placement(tuple(specs))
 
 
+def _policies(policy: str) -> Callable[[PlanContext], tuple[PhasePolicy | None, ...]] | None:
+    """The clock policies of a controller; None where clocks are held."""
+    if policy in (HOLD, MAX_CLOCK):
+        return None
+    known = controller_names()
+    if ":" not in policy and policy not in known:
+        raise ControllerError(f"no policy {policy!r}; {nearest(policy, [HOLD, *known])}, or module:Class")
+    return make_controller(policy).policies
+
+
 def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed: int = 0) -> RunOutcome:
     """Run a placement file on a trace, whole and without planning.
 
@@ -148,10 +158,10 @@ def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed:
     requests = within_context(read_trace(trace), cluster, profile)
     if settings.warmup_s > 0.0:
         require_duration(requests, settings.warmup_s, "the warm-up")
-    policies = None if policy in (HOLD, MAX_CLOCK) else make_controller(policy).policies
-    controller = StatedPlacement(stated, policy, policies)
-    rate_rps = requests.rate_rps if len(requests) > 1 else 0.0
-    rollout = Rollout(controller, scenario, Requests(requests, requests, rate_rps), seed, profile)
+    controller = StatedPlacement(stated, policy, _policies(policy))
+    has_rate = requests.arrival_s[0] < requests.arrival_s[-1]
+    served = Requests(requests, requests, requests.rate_rps if has_rate else 0.0, requests.duration_s)
+    rollout = Rollout(controller, scenario, served, seed, profile)
     counted = rollout.run(count_drain=True)
     job = RunJob(scenario=str(placement), controller=policy, seed=seed, trace=str(trace))
     return outcome_of(rollout, counted, job, config_hash(scenario))

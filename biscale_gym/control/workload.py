@@ -35,11 +35,13 @@ class Requests:
         evaluated: served and judged.
         training: what planners learn from.
         mean_rate_rps: the operator's estimate of the mean rate before the run.
+        end_s: where the counted part ends: the generated duration, or a recorded trace's last arrival.
     """
 
     evaluated: Trace
     training: Trace
     mean_rate_rps: float
+    end_s: float
 
 
 def check_split(split: str) -> None:
@@ -70,11 +72,16 @@ def generated_requests(
     The training trace is the same for every seed, split and rate: tables made from it serve them all.
     """
     workload = load_workload(scenario.workload)
-    rate = rate_rps or scenario.rate_rps
+    rate = scenario.rate_rps if rate_rps is None else rate_rps
     evaluated = generate(workload, rate, scenario.duration_s, split_seed("test" if split == "all" else split, seed))
     training = generate(workload, scenario.rate_rps, scenario.training_s, split_seed("train", 0))
     cluster = scenario.cluster
-    return Requests(within_context(evaluated, cluster, profile), within_context(training, cluster, profile), rate)
+    return Requests(
+        within_context(evaluated, cluster, profile),
+        within_context(training, cluster, profile),
+        rate,
+        scenario.duration_s,
+    )
 
 
 def recorded_requests(
@@ -95,7 +102,7 @@ def recorded_requests(
     parts = dict(zip(SPLITS[:3], split_by_time(whole), strict=True))
     evaluated = whole if split == "all" else parts[split]
     require_duration(evaluated, scenario.warmup_s, f"the warm-up, in its {split} split")
-    return Requests(evaluated, parts["train"], evaluated.rate_rps)
+    return Requests(evaluated, parts["train"], evaluated.rate_rps, evaluated.duration_s)
 
 
 def requests_for(
