@@ -1,1 +1,1 @@
-"""BiScale: placement, prefill and decode clock control, and the class tables that planners share."""
+"""BiScale: placement, prefill and decode clock control."""

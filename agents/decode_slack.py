@@ -4,9 +4,8 @@ The predicted time between tokens stands in for TPOT, conservatively: no slack i
 compiled policies:
 
 - :func:`paper` scans the clocks upward and takes the first that fits.
-- :func:`floored` never goes below the clock of least energy per token at the present batch (power times duration has a
-minimum
-  inside the clock range), and changes its clock at most once per a number of iterations and a span of time.
+- :func:`floored` never goes below the clock of least energy per token at the present batch (power times duration has
+  a minimum inside the clock range), and changes its clock at most once per a number of iterations and a span of time.
 
 Both go to the top clock where nothing fits, after an iteration that took longer than predicted, and while KV memory is
 nearly full: slower decoding grows the batch, a full memory makes admission wait, and that wait is in TPOT.

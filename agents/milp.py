@@ -1,11 +1,12 @@
 """How many instances of each class: the integer programme of tier 1, solved by HiGHS.
 
-    minimise    sum_c n_c * power_c                           power_c = E_c * R_c, watts of one instance at its
-    greatest rate subject to  sum_{c: TP_c >= p} n_c * gpus_c / p <= nodes * floor(gpus_per_node / p)      for every TP
-    degree p
-                sum_{c in phase} n_c * R_c >= demand          for prefill and for decode
-                sum_{c in phase} n_c >= 1
+    minimise    sum_c n_c * power_c
+    subject to  sum_{c: TP_c >= p} n_c * gpus_c / p <= nodes * floor(gpus_per_node / p)      for every TP degree p
+                sum_{c in phase} n_c * R_c >= demand                                         for each phase
+                sum_{c in phase} n_c >= 1                                                    for each phase
                 n_c integer >= 0
+
+power_c = E_c * R_c are the watts of one instance at its greatest rate.
 
 With ``unallocated_w`` the objective also counts that power for every GPU left over. A TP group lies on one node; as TP
 degrees are powers of two, the constraints on places of p GPUs are exactly what makes the groups fit on the nodes,

@@ -55,12 +55,20 @@ def test_the_arrows_between_packages_hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", ["biscale", "distserve", "max-clock", "place-only", "static"])
-def test_controllers_are_found_by_name(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("biscale", "BiScale"),
+        ("distserve", "DistServe"),
+        ("distserve-pp", "DistServePP"),
+        ("max-clock", "MaxClock"),
+        ("place-only", "PlaceOnly"),
+        ("static", "Static"),
+    ],
+)
+def test_controllers_are_found_by_name(name: str, kind: str) -> None:
     (point,) = (point for point in entry_points(group="biscale_gym.controllers") if point.name == name)
-    assert point.load().__name__ == name.title().replace("-", "").replace("Distserve", "DistServe").replace(
-        "Biscale", "BiScale"
-    )
+    assert point.load().__name__ == kind
 
 
 def test_every_dependency_has_a_tested_version() -> None:

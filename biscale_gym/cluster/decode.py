@@ -276,7 +276,6 @@ def deliver(st: State, i: int) -> None:
     r = inst.transit_head
     req = st.req[r]
     inst.transit_head = req.next
-    inst.transit_tokens -= _kv_present(req)
     req.next = -1
     if inst.transit_head < 0:
         inst.transit_tail = -1
@@ -307,6 +306,7 @@ def form_decode_batch(st: State, i: int) -> bool:
             inst.ready_tail = -1
         inst.ready_n -= 1
         inst.transit_n -= 1
+        inst.transit_tokens -= _kv_present(st.req[r])
         _join(st, i, r)
     if inst.queue_head >= 0:
         _claim(st, i)

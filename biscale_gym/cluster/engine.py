@@ -41,6 +41,7 @@ from biscale_gym.cluster.state import (
     ACTIVE,
     AWAITING_GPUS,
     COMPILED,
+    DECODE,
     DRAINING,
     EXTERNAL,
     GONE,
@@ -58,7 +59,7 @@ ENDED = 0
 REACHED = 1
 """The next event is not before the time asked for."""
 DECISION = 2
-"""``glob.pending_instance`` waits for the caller's clock; its features are in ``obs``."""
+"""``glob.pending_instance`` waits for the caller's clock; its features are in its phase's row of ``obs``."""
 BAD_ANSWER = 3
 """A compiled policy answered with a clock outside the list: ``glob.bad_answer``, at ``glob.pending_instance``."""
 
@@ -291,9 +292,9 @@ def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, 
                 observe(st, i, reason)
                 model = st.predicted[inst.predicted_start : inst.predicted_stop]
                 if inst.phase == PREFILL:
-                    clock = prefill_policy(st.obs, st.memory[i], st.params_prefill, model)
+                    clock = prefill_policy(st.obs[PREFILL], st.memory[i], st.params_prefill, model)
                 else:
-                    clock = decode_policy(st.obs, st.memory[i], st.params_decode, model)
+                    clock = decode_policy(st.obs[DECODE], st.memory[i], st.params_decode, model)
                 g.decisions += 1
                 if clock < 0 or clock >= g.clocks:
                     g.pending_instance = i

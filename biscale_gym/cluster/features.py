@@ -26,7 +26,7 @@ TARGET = 3
 SWITCH_PENDING = 4
 CLOCK_COUNT = 5
 SLO_S = 6
-"""TTFT SLO for prefill, TPOT SLO for decode."""
+"""Prefill: the TTFT SLO less the serving overhead. Decode: the TPOT SLO."""
 LAST_OBSERVED_S = 7
 """Duration of the last complete iteration (on OVERRUN: elapsed so far of the running one); 0 before the first."""
 LAST_PREDICTED_S = 8
@@ -34,7 +34,7 @@ LAST_PREDICTED_S = 8
 KV_TOKENS = 9
 KV_CAPACITY_TOKENS = 10
 QUEUE_REQUESTS = 11
-"""Prefill: prompts waiting behind the batch. Decode: waiting for memory, or in transfer."""
+"""Prefill: prompts waiting behind the batch. Decode: waiting for memory, in transfer, or waiting for the boundary."""
 QUEUE_TOKENS = 12
 TP = 13
 

@@ -67,10 +67,10 @@ def _project_batches(st: State, i: int, obs: Vector) -> None:
 
 @inlined
 def observe(st: State, i: int, reason: int) -> None:
-    """Write instance i's features into ``st.obs``."""
+    """Write instance i's features into its phase's row of ``st.obs``."""
     g = st.glob[0]
     inst = st.inst[i]
-    obs = st.obs
+    obs = st.obs[inst.phase]
     obs[f.NOW_S] = g.now_s
     obs[f.REASON] = reason
     obs[f.CLOCK] = inst.clock
@@ -95,6 +95,8 @@ def observe(st: State, i: int, reason: int) -> None:
             obs[f.WORK_LEFT] = max(0.0, inst.work_left - (g.now_s - inst.segment_start_s) / inst.full_duration_s)
         if reason != f.IDLE:
             _project_batches(st, i, obs)
+        for j in range(int(obs[f.BATCHES]), f.HORIZON):
+            _put_batch(obs, j, 0.0, 0.0, 0.0)
     else:
         obs[f.SLO_S] = g.tpot_slo_s
         obs[f.QUEUE_REQUESTS] = inst.queue_n + inst.transit_n

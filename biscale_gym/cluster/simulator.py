@@ -376,7 +376,8 @@ class Simulator:
         if reached != engine.DECISION:
             return None
         number = int(glob["pending_instance"])
-        return Decision(number, self._phase_of(number), int(glob["pending_reason"]), self.state.obs.copy())
+        obs = self.state.obs[self.state.inst[number]["phase"]].copy()
+        return Decision(number, self._phase_of(number), int(glob["pending_reason"]), obs)
 
     def _asked(self) -> str:
         """Who was asked for the pending decision, where and when."""

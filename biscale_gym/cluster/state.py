@@ -312,7 +312,7 @@ class State(NamedTuple):
     route_heap: npt.NDArray[np.int32]  # [2, I] heap of instances by pass, per phase
     dirty: npt.NDArray[np.int32]  # [I] ring of instances to wake, in order
     memory: npt.NDArray[np.float64]  # [I, MEMORY_SIZE] the policies' own
-    obs: npt.NDArray[np.float64]  # [features.SIZE] of the decision being taken
+    obs: npt.NDArray[np.float64]  # [2, features.SIZE] of the last decision of each phase
     models: npt.NDArray[np.float64]  # compiled profiles of all classes, one after another
     predicted: npt.NDArray[np.float64]  # the same, as the controllers believe them
     params_prefill: npt.NDArray[np.float64]
@@ -384,7 +384,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         route_heap=np.zeros((2, capacity), np.int32),
         dirty=np.zeros(capacity, np.int32),
         memory=np.zeros((capacity, MEMORY_SIZE)),
-        obs=np.zeros(features.SIZE),
+        obs=np.zeros((2, features.SIZE)),
         models=np.zeros(1),
         predicted=np.zeros(1),
         params_prefill=np.zeros(1),

@@ -12,14 +12,16 @@ import importlib.util
 import json
 from collections.abc import Iterable
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import biscale_gym
 from biscale_gym.config import nearest, preset_names, presets_dir
+from biscale_gym.control.controllers import ENTRY_POINTS
 from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.faults import EvaluationError
 
-_DECIDING = ("config.py", "metrics.py", "traces", "profiles", "cluster", "control")
+_DECIDING = ("_jit.py", "config.py", "metrics.py", "traces", "profiles", "cluster", "planning", "control")
 
 
 def run_id(job: RunJob) -> str:
@@ -75,9 +77,10 @@ def _scenario_address(name_or_path: str) -> str:
 def _code_digest(controller: str) -> str:
     package = Path(biscale_gym.__file__).parent
     roots = [package / part for part in _DECIDING]
-    foreign = [controller.partition(":")[0]] if ":" in controller else []
-    for module in ("agents", "baselines", *foreign):
-        spec = importlib.util.find_spec(module.partition(".")[0])
+    installed = [point.module for point in entry_points(group=ENTRY_POINTS) if point.name == controller]
+    foreign = installed or [controller.partition(":")[0]]
+    for module in {"agents": None, "baselines": None, **{name.partition(".")[0]: None for name in foreign}}:
+        spec = importlib.util.find_spec(module)
         if spec is not None and spec.origin is not None:
             origin = Path(spec.origin)
             roots.append(origin.parent if origin.name == "__init__.py" else origin)

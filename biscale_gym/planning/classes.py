@@ -199,8 +199,10 @@ def _source_digest() -> str:
     package = Path(biscale_gym.__file__).parent
     here = Path(__file__).parent
     return table_cache.source_digest(
-        package / "cluster",
+        package / "traces",
         package / "profiles",
+        package / "cluster",
+        package / "metrics.py",
         *(here / f"{name}.py" for name in ("classes", "probing", "probe_trace")),
     )
 
@@ -213,6 +215,7 @@ def column_key(measurement: Measurement, column: Column, sources: str) -> str:
             "sources": sources,
             "profile": measurement.profile.hash,
             "batching": cluster.batching.model_dump(mode="json"),
+            "routing": cluster.routing.model_dump(mode="json"),
             "gpus_per_node": cluster.gpus_per_node,
             "serving_overhead_ms": cluster.serving_overhead_ms,
             "training": measurement.training.hash,

@@ -95,8 +95,7 @@ def exclusively(kind: str, key: str) -> Iterator[None]:
     """Hold the entry's lock, so that of several processes one measures and the others then read.
 
     The lock saves work, it guards nothing: where it cannot be had (a folder that cannot be written, a file system
-        without locks) the
-    block runs all the same. It ends with its process, however that ends.
+    without locks) the block runs all the same. It ends with its process, however that ends.
     """
     path = _path(kind, key).with_suffix(".lock")
     try:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from biscale_gym.control.rollout import RunJob
 
+from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.records import RecordStore
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from biscale_gym.control.rollout import RunJob
 
+from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation import identity
 from biscale_gym.evaluation.identity import run_id
 

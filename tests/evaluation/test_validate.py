@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from biscale_gym.control.rollout import RunJob, RunOutcome
 
+from biscale_gym.control.rollout import RunJob, RunOutcome
 from biscale_gym.evaluation.matrix import record_of
 from biscale_gym.evaluation.records import Record
 from biscale_gym.evaluation.validate import validate_record
