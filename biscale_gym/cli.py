@@ -248,6 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; always leaves through ``SystemExit``."""
     from biscale_gym.evaluation.faults import is_user_error, one_line
 
+    # An installed command does not search the folder it is called from; controllers of one's own are there.
+    sys.path.append(str(Path.cwd()))
     warnings.formatwarning = lambda message, *_: f"biscale-gym: warning: {message}\n"
     try:
         status = app.cli(prog="biscale-gym", description="A testbed for energy-efficient LLM serving.", args=arguments)

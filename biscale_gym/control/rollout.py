@@ -11,11 +11,11 @@ import numpy.typing as npt
 from pydantic import Field
 
 from biscale_gym.cluster.ledger import InstanceLedger
-from biscale_gym.cluster.placement import Lane, Placement
-from biscale_gym.cluster.simulator import Simulator
+from biscale_gym.cluster.placement import PHASES, Lane, Placement
+from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.cluster.state import PREFILL
 from biscale_gym.config import Settings, config_hash
-from biscale_gym.control.controllers import Controller, PlanContext, make_controller
+from biscale_gym.control.controllers import Controller, ControllerError, PlanContext, make_controller
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.metrics import Counted, measure
@@ -144,7 +144,7 @@ class Rollout:
             cluster, self.profile, placement, requests.evaluated, self._clocks_mhz, scenario.slo, seed
         )
         self.placements.append((0.0, placement))
-        self.simulator.set_policies(*controller.policies(self._context()))
+        self.simulator.set_policies(*self._policies())
         self.timeline = Timeline()
 
     def _context(self) -> PlanContext:
@@ -157,6 +157,16 @@ class Rollout:
             previous=self.placements[-1][1] if self.placements else None,
             clocks_mhz=self._clocks_mhz,
         )
+
+    def _policies(self) -> tuple[PhasePolicy | None, PhasePolicy | None]:
+        policies = self.controller.policies(self._context())
+        for phase, policy in zip(PHASES, policies, strict=True):
+            if policy is not None and policy.function is None:
+                raise ControllerError(
+                    f"controller {self.controller.name!r}: its {phase} policy has no function; "
+                    "a rollout needs a compiled one, or None to hold the planned clock"
+                )
+        return policies
 
     @property
     def end_s(self) -> float:
