@@ -1,0 +1,96 @@
+"""scripts/benchmark.py on small sizes: every figure is there and means what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = (
+    "requests_per_cpu_s",
+    "iterations_per_cpu_s",
+    "day_16_gpus_s",
+    "cost_ratio_1024_to_16_instances",
+    "biscale_paper67_s",
+    "mpc_decision_median_ms",
+)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sizes(benchmark: ModuleType):
+    return benchmark.EngineSizes(
+        requests=200, scenario="smoke", day_s=60.0, scaling_s=5.0, scaling_pairs=(2, 4), decisions=20, repeats=1
+    )
+
+
+@pytest.fixture(scope="module")
+def figures(benchmark: ModuleType, sizes):
+    return benchmark.measure_engine(sizes)
+
+
+def test_every_published_figure_is_measured(benchmark: ModuleType, figures) -> None:
+    assert set(PUBLISHED) <= {goal.key for goal in benchmark.ENGINE.goals} <= set(figures)
+    assert all(math.isfinite(figures[name]) and figures[name] > 0 for name in PUBLISHED)
+
+
+def test_the_day_is_served(figures) -> None:
+    # The day begins at night.
+    assert 0.3 * 60.0 * 30.0 < figures["day_requests"] < 60.0 * 30.0
+    assert figures["day_finished_share"] == 1.0
+    assert figures["day_iterations"] > figures["day_requests"] / 10
+
+
+def test_all_requests_of_the_load_are_served(benchmark: ModuleType) -> None:
+    trace = benchmark.linear_trace(2, 20.0)
+    simulator = benchmark.linear_cluster(2, trace)
+    simulator.run()
+    assert simulator.counts()["finished"] == len(trace)
+    # The policy is compiled and asked at every decode iteration.
+    decode = ~simulator.instances().is_prefill
+    assert simulator.state.glob[0]["decisions"] >= simulator.instances().iterations[decode].sum()
+
+
+def test_the_load_is_the_published_one(benchmark: ModuleType) -> None:
+    trace = benchmark.linear_trace(8, 400.0)
+    assert len(trace) / 400.0 == pytest.approx(32.0, rel=0.05)
+    for tokens, mu, sigma, least, most in (
+        (trace.prompt_tokens, 5.3, 1.0, 4, 2000),
+        (trace.output_tokens, 5.0, 0.8, 2, 1000),
+    ):
+        assert tokens.min() >= least
+        assert tokens.max() <= most
+        for share, z in ((0.25, -0.674), (0.5, 0.0), (0.75, 0.674)):
+            assert sorted(tokens)[int(share * len(trace))] == pytest.approx(math.exp(mu + sigma * z), rel=0.06)
+
+
+def test_json_on_standard_output_is_only_json(benchmark: ModuleType, figures, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(
+        benchmark.BENCHMARKS, "engine", benchmark.replace(benchmark.ENGINE, measure=lambda: dict(figures))
+    )
+    assert benchmark.main(["engine", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == figures
+    assert "requests/CPU-s" in captured.err
+
+
+def test_a_missed_goal_is_marked(benchmark: ModuleType) -> None:
+    goal = benchmark.Goal("x", "what", "s", below=2.0)
+    assert goal.cells(1.9)[2] == "< 2"
+    assert goal.cells(2.1)[2] == "< 2  missed"
