@@ -398,8 +398,8 @@ class Simulator:
         if 0 <= index <= top:
             return index
         valid = f"valid: 0 to {top} ({list(self.clocks_mhz)} MHz)"
-        if isinstance(answer, (int, float, np.number)) and not np.isnan(answer):
-            valid = f"the nearest is {round(min(max(float(answer), 0.0), float(top)))}; {valid}"
+        if isinstance(answer, (int, float, np.integer, np.floating)) and not math.isnan(answer):
+            valid = f"the nearest is {round(min(max(answer, 0), top))}; {valid}"
         raise PolicyError(f"{who} answered {answer}, which is no clock index; {valid}")
 
     def _phase_of(self, number: int) -> Phase:

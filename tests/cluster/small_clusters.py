@@ -1,4 +1,4 @@
-"""Clusters that a test can follow by hand: a few instances of Llama 3.3 70B in fp8 on H100."""
+"""Clusters that a test can follow by hand: a few instances of Llama 3.1 8B in bf16 on H100."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLO = SloSettings(ttft_s=0.6, tpot_s=0.1)
 
 @cache
 def profile() -> Profile:
-    return load_profile("h100-sxm5", "llama-3.3-70b", "fp8")
+    return load_profile("h100-sxm5", "llama-3.1-8b", "bf16")
 
 
 def prefill(tp: int = 2, clock_mhz: int = CLOCK_MHZ, weight: float = 1.0, pp: int = 1) -> InstanceSpec:

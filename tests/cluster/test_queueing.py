@@ -33,7 +33,7 @@ def test_littles_law(rate_rps: float) -> None:
         np.cumsum(rng.exponential(1.0 / rate_rps, count)), rng.integers(1, 2000, count), rng.integers(1, 200, count)
     )
     settings = cluster(transfer="rdma-20", switching="nvml", batching={"decode_kv_tokens": 60_000})
-    run = simulator([prefill(), prefill(4), decode(4)], trace, settings, log_events=200_000)
+    run = simulator([prefill(), prefill(4), decode(4)], trace, settings, log_events=800_000)
     run.run()
     ledger = run.requests()
     assert ledger.finished.all()
