@@ -278,7 +278,7 @@ def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, 
         # Events of this instant come before waking; waking may cause more of them.
         event_s = tree_s[1]
         arrival_s = st.req[g.next_arrival].arrival_s if g.next_arrival < g.requests else np.inf
-        if g.dirty_n > 0 and min(event_s, arrival_s) > g.now_s:
+        if g.dirty_n > 0 and event_s > g.now_s and arrival_s > g.now_s:
             i = np.int64(st.dirty[g.dirty_next])
             g.dirty_next = g.dirty_next + 1 if g.dirty_next + 1 < g.capacity else 0
             g.dirty_n -= 1

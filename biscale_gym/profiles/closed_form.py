@@ -16,7 +16,7 @@ from biscale_gym.profiles import layout as at
 
 Vector = NDArray[np.float64]
 
-_POWER_TOLERANCE_W = 1e-5
+_POWER_TOLERANCE_W = 1e-4
 _MAX_STEPS = 60
 _SLOPE_STEP_GHZ = 1e-4
 
@@ -131,58 +131,71 @@ def _root(
     sum_len_sq: float,
     tokens_p: float,
     ghz: float,
-    slope: float,
+    w_per_ghz: float,
+    latency_per_ghz: float,
 ) -> tuple[float, float]:
-    """Clock [GHz] at which power is the board limit, and the latency [s] there, from a first guess and slope [W/GHz].
+    """Clock [GHz] at which power is the board limit, and the latency [s] there.
 
-    Secant steps within a bracket; one that falls out of it becomes a bisection. The last step is not evaluated: the
-    latency is carried along the secant.
+    Starts at ``ghz`` with the slopes of power and, relatively, of latency; goes on by secant steps within a bracket,
+    one that falls out of it becomes a bisection. The last step is not evaluated: latency is carried along its slope.
     """
     low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
-    before, g_before, latency_before_s = ghz, 0.0, 0.0
+    before, power_before_w, latency_before_s = ghz, 0.0, 0.0
     latency_s = 0.0
     for step in range(_MAX_STEPS):
         latency_s, power_w = _at_ghz(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
-        g = power_w - model[at.LIMIT_W]
-        if g == 0.0:
-            break
-        if g > 0.0:
+        if power_w > model[at.LIMIT_W]:
             high = ghz
         else:
             low = ghz
-        if step > 0:
-            slope = (g - g_before) / (ghz - before)
-        following = ghz - g / slope
-        inside = low < following < high
-        if not inside:
+        if step == 0:
+            s_per_ghz = latency_per_ghz * latency_s
+        else:
+            w_per_ghz = (power_w - power_before_w) / (ghz - before)
+            s_per_ghz = (latency_s - latency_before_s) / (ghz - before)
+        following = ghz + (model[at.LIMIT_W] - power_w) / w_per_ghz
+        if not low < following < high:
             following = 0.5 * (low + high)
-        if step > 0 and inside and abs(g) <= _POWER_TOLERANCE_W:
-            latency_s += (latency_s - latency_before_s) * (following - ghz) / (ghz - before)
-            ghz = following
-            break
+        elif abs(power_w - model[at.LIMIT_W]) <= _POWER_TOLERANCE_W:
+            return following, latency_s + s_per_ghz * (following - ghz)
         if following == ghz:
             break
-        before, g_before, latency_before_s, ghz = ghz, g, latency_s, following
+        before, power_before_w, latency_before_s, ghz = ghz, power_w, latency_s, following
     return ghz, latency_s
 
 
 @inlined
 def limited(
-    model: Vector, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float, tokens_p: float
+    model: Vector,
+    batch: float,
+    kv_tokens: float,
+    prefill_tokens: float,
+    sum_len_sq: float,
+    log_tokens: float,
+    tokens_p: float,
 ) -> tuple[float, float]:
     """Effective clock [GHz] and latency [s] where the board limit holds power at exactly its value.
 
     Power rises with the clock, so the root is unique; neither start nor bracket depends on the locked clock, which
-    makes the answer the same bits for every lock above it. The start is that of one prompt of as many tokens.
+    makes the answer the same bits for every lock above it. The start is that of one prompt of as many tokens, by cubic
+    interpolation: near enough for the first step to be the last.
     """
-    knot = at.LIMIT_KNOTS_PER_OCTAVE * np.log2(batch + prefill_tokens)
-    below = min(int(knot), at.LIMIT_KNOTS - 2)
-    share = min(knot - below, 1.0)
-    entry = int(model[at.LIMIT_START]) + below * at.LIMIT_ENTRY
-    following = entry + at.LIMIT_ENTRY
-    ghz = (1.0 - share) * model[entry + at.LIMIT_GHZ] + share * model[following + at.LIMIT_GHZ]
-    slope = (1.0 - share) * model[entry + at.LIMIT_W_PER_GHZ] + share * model[following + at.LIMIT_W_PER_GHZ]
-    return _root(model, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p, ghz, slope)
+    knot = (at.LIMIT_KNOTS_PER_OCTAVE / np.log(2.0)) * log_tokens
+    below = min(max(int(knot), 1), at.LIMIT_KNOTS - 3)
+    x = min(knot - below, 2.0)
+    a = -x * (x - 1.0) * (x - 2.0) / 6.0
+    b = (x + 1.0) * (x - 1.0) * (x - 2.0) / 2.0
+    c = -(x + 1.0) * x * (x - 2.0) / 2.0
+    d = (x + 1.0) * x * (x - 1.0) / 6.0
+    i = int(model[at.LIMIT_START]) + (below - 1) * at.LIMIT_ENTRY
+    j, k, m = i + at.LIMIT_ENTRY, i + 2 * at.LIMIT_ENTRY, i + 3 * at.LIMIT_ENTRY
+    ghz = a * model[i] + b * model[j] + c * model[k] + d * model[m]
+    slope = at.LIMIT_W_PER_GHZ
+    w_per_ghz = a * model[i + slope] + b * model[j + slope] + c * model[k + slope] + d * model[m + slope]
+    slope = at.LIMIT_LATENCY_PER_GHZ
+    latency_per_ghz = a * model[i + slope] + b * model[j + slope] + c * model[k + slope] + d * model[m + slope]
+    ghz = min(max(ghz, model[at.LOWEST_GHZ]), model[at.HIGHEST_GHZ])
+    return _root(model, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p, ghz, w_per_ghz, latency_per_ghz)
 
 
 @inlined
@@ -236,17 +249,18 @@ def fill_parametric(model: Vector) -> None:
             model[entry + at.C] = kv_token_s
             model[entry + at.N0] = base_and_work(model, ghz, float(b), 0.0, 0.0, 0.0)[1]
             model[entry + at.NK] = model[at.KV_J]
-    low, high, p = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ], model[at.NORM]
-    start = 0.5 * (low + high)
+    low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
     for j in range(at.LIMIT_KNOTS):
         tokens = 2.0 ** (j / at.LIMIT_KNOTS_PER_OCTAVE)
         ghz = high
         if closed_form(model, high, 0.0, 0.0, tokens, tokens * tokens)[1] > model[at.LIMIT_W]:
-            w_per_ghz = model[at.LIMIT_W] / high
-            ghz = _root(model, 0.0, 0.0, tokens, tokens * tokens, power(tokens, p), start, w_per_ghz)[0]
-        ghz = min(max(ghz, low + _SLOPE_STEP_GHZ), high - _SLOPE_STEP_GHZ)
-        above_w = closed_form(model, ghz + _SLOPE_STEP_GHZ, 0.0, 0.0, tokens, tokens * tokens)[1]
-        below_w = closed_form(model, ghz - _SLOPE_STEP_GHZ, 0.0, 0.0, tokens, tokens * tokens)[1]
+            tokens_p = power(tokens, model[at.NORM])
+            start, w_per_ghz = 0.5 * (low + high), model[at.LIMIT_W] / high
+            ghz = _root(model, 0.0, 0.0, tokens, tokens * tokens, tokens_p, start, w_per_ghz, 0.0)[0]
+        near, far = max(low, ghz - _SLOPE_STEP_GHZ), min(high, ghz + _SLOPE_STEP_GHZ)
+        near_s, near_w = closed_form(model, near, 0.0, 0.0, tokens, tokens * tokens)
+        far_s, far_w = closed_form(model, far, 0.0, 0.0, tokens, tokens * tokens)
         entry = int(model[at.LIMIT_START]) + j * at.LIMIT_ENTRY
         model[entry + at.LIMIT_GHZ] = ghz
-        model[entry + at.LIMIT_W_PER_GHZ] = (above_w - below_w) / (2.0 * _SLOPE_STEP_GHZ)
+        model[entry + at.LIMIT_W_PER_GHZ] = (far_w - near_w) / (far - near)
+        model[entry + at.LIMIT_LATENCY_PER_GHZ] = (far_s / near_s - 1.0) / (far - near)

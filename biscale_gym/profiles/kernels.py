@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.profiles import layout as at
-from biscale_gym.profiles.closed_form import at_clock, limited, power
+from biscale_gym.profiles.closed_form import at_clock, limited
 
 Vector = NDArray[np.float64]
 
@@ -117,11 +117,12 @@ def _general(
     """Latency [s] and power [W] of any iteration, without the short cut."""
     if model[at.KIND] != at.PARAMETRIC:
         return _sum_of_parts(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq)
-    tokens_p = power(batch + prefill_tokens, model[at.NORM])
+    log_tokens = np.log(batch + prefill_tokens)
+    tokens_p = np.exp(model[at.NORM] * log_tokens)
     latency_s, base_w, work_j = at_clock(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
     power_w = base_w + work_j / latency_s
     if power_w > model[at.LIMIT_W]:
-        return limited(model, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)[1], model[at.LIMIT_W]
+        return limited(model, batch, kv_tokens, prefill_tokens, sum_len_sq, log_tokens, tokens_p)[1], model[at.LIMIT_W]
     return latency_s, power_w
 
 
@@ -187,14 +188,15 @@ def effective_clock_mhz(
     """Clock the card really runs at [MHz]: the locked one, or less where the board limit binds."""
     ghz = model[at.HEADER + clock * at.ROW + at.GHZ]
     if model[at.KIND] == at.PARAMETRIC:
-        tokens_p = power(batch + prefill_tokens, model[at.NORM])
+        log_tokens = np.log(batch + prefill_tokens)
+        tokens_p = np.exp(model[at.NORM] * log_tokens)
         latency_s, base_w, work_j = at_clock(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
         if base_w + work_j / latency_s > model[at.LIMIT_W]:
-            ghz = limited(model, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)[0]
+            ghz = limited(model, batch, kv_tokens, prefill_tokens, sum_len_sq, log_tokens, tokens_p)[0]
     return float(1000.0 * ghz)
 
 
-@compiled
+@inlined
 def idle_power_w(model: Vector, clock: int) -> float:
     """Power per GPU [W] while nothing is computed."""
     return float(model[at.HEADER + clock * at.ROW + at.IDLE])

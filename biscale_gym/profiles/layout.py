@@ -1,8 +1,9 @@
 """Positions in the compiled profile, the flat float64 vector that the kernels read.
 
 Header, then one row of terms per clock, then the decode table over (KV segment, batch, clock). Then, in parametric
-profiles, where the search for the effective clock starts: (GHz, W per GHz) at prompts of 2^(k/8) tokens. In tabulated
-profiles the prefill grid: token knots, mean-length knots, and (latency, joules) over (clock, tokens, mean length).
+profiles, where the search for the effective clock starts: (GHz, W per GHz, relative latency per GHz) at one prompt of
+2^(k/16) tokens. In tabulated profiles the prefill grid: token knots, mean-length knots, and (latency, joules) over
+(clock, tokens, mean length).
 """
 
 PARAMETRIC, LINEAR, TABULATED = 0, 1, 2
@@ -36,6 +37,6 @@ A, C, N0, NK = 0, 1, 2, 3
 ENTRY = 4
 
 # Where the effective clock's search starts.
-LIMIT_KNOTS_PER_OCTAVE, LIMIT_KNOTS = 8, 137
-LIMIT_GHZ, LIMIT_W_PER_GHZ = 0, 1
-LIMIT_ENTRY = 2
+LIMIT_KNOTS_PER_OCTAVE, LIMIT_KNOTS = 16, 275
+LIMIT_GHZ, LIMIT_W_PER_GHZ, LIMIT_LATENCY_PER_GHZ = 0, 1, 2
+LIMIT_ENTRY = 3
