@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -31,6 +31,7 @@ def compare(
     trace: str | None = None,
     rate: float | None = None,
     split: str | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     out: Path = Path("results/compare"),
     json: str | None = None,
     workers: int = 2,
@@ -45,6 +46,7 @@ def compare(
         trace: A recorded trace in place of the scenario's workload, at its native rate.
         rate: Mean arrivals per second to scale the workload to.
         split: Part to play (train, validation, test); without it test, or all of a recorded trace.
+        set: A scenario setting to replace, as KEY=VALUE (cluster.precision=bf16); may be given several times.
         out: Folder of records, tables and plots; a run that it holds is not run again.
         json: File for the rows as JSON; - prints them.
         workers: Processes.
@@ -56,7 +58,7 @@ def compare(
     from biscale_gym.evaluation.matrix import jobs_of
 
     tables, messages = _consoles(json)
-    jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split)
+    jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split, _overrides(set))
     for name in _names(controllers):
         find_controller(name)
     comparison = comparing.compare(jobs, out, workers, plots, run, messages)
@@ -219,6 +221,24 @@ def list_() -> int:
     for kind, names in rows.items():
         print(f"{kind + ':':<13}{', '.join(names)}")
     return 0
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as settings, values read as YAML."""
+    import yaml
+
+    from biscale_gym.config import ConfigError
+
+    values = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, for instance cluster.precision=bf16")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is no YAML") from error
+    return values
 
 
 def _names(text: str) -> list[str]:

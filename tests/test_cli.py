@@ -7,6 +7,7 @@ import pytest
 
 from biscale_gym import cli
 from biscale_gym.control import rollout, simulate
+from biscale_gym.evaluation.records import RecordStore
 
 from evaluation import fakes  # isort: skip
 
@@ -166,3 +167,23 @@ def test_list_names_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     for name in ("biscale", "h100-sxm5", "llama-3.3-70b", "sharegpt-like"):
         assert name in shown
+
+
+def test_settings_of_the_scenario_are_replaced_and_named(scenario: Path, tmp_path: Path) -> None:
+    out, rows_file = tmp_path / "out", tmp_path / "rows.json"
+    options = ["--set", "slo.ttft_s=0.3", "--set", "cluster.precision=bf16", "--out", out, "--json", rows_file]
+    assert call("compare", "--scenario", scenario, "--controllers", "distserve", *options) == 0
+    (record,) = RecordStore(out).load().values()
+    assert record.job["overrides"] == {"slo.ttft_s": 0.3, "cluster.precision": "bf16"}
+    (row,) = json.loads(rows_file.read_text())["rows"]
+    assert row["scenario"] == f"{scenario} slo.ttft_s=0.3 cluster.precision=bf16"
+    assert (out / "plots" / "tiny-slo.ttft_s=0.3-cluster.precision=bf16-energy.png").is_file()
+
+
+@pytest.mark.parametrize("text", ["bf16", "=3", "slo={"])
+def test_a_setting_that_is_none_is_one_line(
+    text: str, scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", "--scenario", scenario, "--controllers", "distserve", "--out", tmp_path / "out"]
+    assert call(*arguments, "--set", text) == 2
+    assert capsys.readouterr().err.startswith(f"biscale-gym: error: --set {text}: ")

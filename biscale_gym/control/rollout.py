@@ -49,6 +49,11 @@ class RunJob(Settings):
     controller_settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def scenario_name(self) -> str:
+        """The scenario as rows name it: with what is replaced in it."""
+        return " ".join([self.scenario, *(f"{setting}={value}" for setting, value in self.overrides.items())])
+
+    @property
     def played_split(self) -> str:
         """The split that is played."""
         return self.split or ("test" if self.trace is None else "all")
@@ -240,7 +245,7 @@ def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: s
         requests, counted, scenario.slo, scenario.tpot_definition, scenario.cluster.serving_overhead_ms * 1e-3
     )
     row: dict[str, float | int | str] = {
-        "scenario": job.scenario,
+        "scenario": job.scenario_name,
         "controller": job.controller,
         "seed": job.seed,
         "split": job.played_split,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ def jobs_of(
     trace: str | None,
     rate_rps: float | None,
     split: str | None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[RunJob]:
     """The matrix as a list of jobs, scenario by scenario, seed by seed.
 
@@ -55,7 +56,7 @@ def jobs_of(
             raise EvaluationError(f"{what} {twice[0]!r} is given twice")
     if seeds < 1:
         raise EvaluationError(f"--seeds {seeds}: at least 1 is needed")
-    common = {"trace": trace, "rate_rps": rate_rps, "split": split}
+    common = {"trace": trace, "rate_rps": rate_rps, "split": split, "overrides": dict(overrides or {})}
     return [
         validate(RunJob, {**common, "scenario": scenario, "controller": controller, "seed": seed}, "compare")
         for scenario in scenarios
@@ -123,7 +124,7 @@ def run_matrix(
 
 def label(job: RunJob) -> str:
     """A job's name in messages."""
-    return f"{job.scenario} {job.controller} seed {job.seed}"
+    return f"{job.scenario_name} {job.controller} seed {job.seed}"
 
 
 def fault_messages(faults: Sequence[tuple[RunJob, Fault]]) -> list[str]:

@@ -66,7 +66,7 @@ def write_plots(summaries: Sequence[Summary], store: RecordStore, folder: Path) 
     with mpl.rc_context(_STYLE):
         for scenario in dict.fromkeys(summary.scenario for summary in summaries):
             own = [summary for summary in summaries if summary.scenario == scenario]
-            stem = Path(scenario).stem
+            stem = _short(scenario).replace(" ", "-").replace("/", "_")
             written += _save(energy_bars(own), folder / f"{stem}-energy")
             written += _save(latency_distributions(own), folder / f"{stem}-latency")
             for summary in own:
@@ -218,7 +218,7 @@ def timelines(summary: Summary, timeline: Mapping[str, npt.NDArray[Any]]) -> Any
     )
     run = f"{summary.controller}, seed {summary.records[0].row['seed']}"
     width_s = edges_s[1] - edges_s[0]
-    title = f"{Path(summary.scenario).stem} on {summary.trace}: {run}; means of samples over {width_s:.3g} s"
+    title = f"{_short(summary.scenario)} on {summary.trace}: {run}; means of samples over {width_s:.3g} s"
     figure.suptitle(title, fontsize=11)
     for row, (key, name, colours) in enumerate(quantities):
         values = _means(np.asarray(timeline[key], dtype=np.float64), starts)
@@ -267,7 +267,7 @@ def _heat(panel: Any, figure: Any, edges_s: Floats, values: Floats, colours: str
 def _heading(own: Sequence[Summary]) -> str:
     first = own[0]
     seeds = max(len(s.records) for s in own)
-    return f"{Path(first.scenario).stem} on {first.trace}, {seeds} seed{'s' * (seeds > 1)}"
+    return f"{_short(first.scenario)} on {first.trace}, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def _save(figure: Any, stem: Path) -> list[Path]:
@@ -280,3 +280,9 @@ def _save(figure: Any, stem: Path) -> list[Path]:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return paths
+
+
+def _short(scenario: str) -> str:
+    """A scenario's name without the folder and ending of a file."""
+    name, *replaced = scenario.split(" ")
+    return " ".join([Path(name).stem, *replaced])

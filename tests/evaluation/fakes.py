@@ -37,7 +37,7 @@ def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcom
         for q in (50, 90, 99)
     }
     row: dict[str, float | int | str] = {
-        "scenario": job.scenario,
+        "scenario": job.scenario_name,
         "controller": job.controller,
         "seed": job.seed,
         "split": job.played_split,
