@@ -190,7 +190,7 @@ def measure_scaling(sizes: EngineSizes) -> Figures:
     cost_s = []
     for pairs in sizes.scaling_pairs:
         simulator = linear_cluster(pairs, linear_trace(pairs, sizes.scaling_s))
-        cpu_s = best_run_cpu_s(simulator, sizes.repeats if pairs == sizes.scaling_pairs[0] else 3)
+        cpu_s = best_run_cpu_s(simulator, sizes.repeats)
         cost_s.append(cpu_s / iterations_of(simulator))
     return {
         "cost_ratio_1024_to_16_instances": cost_s[1] / cost_s[0],
