@@ -92,6 +92,11 @@ def test_groups_lie_on_one_node_each_and_the_largest_choose_first() -> None:
     assert [(lane.spec.tp, lane.node) for lane in lanes] == [(1, 1), (2, 1), (4, 1), (8, 0), (1, 1)]
 
 
+def test_a_group_lies_where_it_leaves_the_least_room() -> None:
+    lanes = layout(Placement((prefill(2), decode(4), decode(4), decode(4))), 3, 8)
+    assert [lane.node for lane in lanes] == [1, 0, 0, 1]
+
+
 def test_a_pipeline_is_as_many_lanes_as_stages() -> None:
     run = simulator([prefill(2, weight=3.0, pp=2), decode(2)], requests([0.0]), cluster())
     assert [(lane.spec.phase, lane.spec.tp) for lane in run.lanes] == [("prefill", 2), ("prefill", 2), ("decode", 2)]

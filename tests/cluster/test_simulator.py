@@ -17,6 +17,7 @@ from numba import njit
 from biscale_gym.cluster.placement import InstanceSpec, Placement, PlacementError
 from biscale_gym.cluster.policy import MEMORY_SIZE, POLICY_SIGNATURE
 from biscale_gym.cluster.simulator import ClusterError, Decision, PhasePolicy, PolicyError, Simulator
+from biscale_gym.cluster.state import BUCKETS, EVENTS
 
 TESTS = Path(__file__).resolve().parents[1]
 BUSY = [0.01 * number for number in range(60)]
@@ -81,6 +82,7 @@ def test_a_snapshot_holds_a_pending_decision() -> None:
 
 def test_a_snapshot_outlives_replacements_and_policies() -> None:
     run = busy_cluster()
+    run.set_policies(PhasePolicy(counting), PhasePolicy(restless_decode))
     run.run(0.2)
     start = run.snapshot()
     run.run()
@@ -366,6 +368,33 @@ def test_a_refused_placement_leaves_the_run_as_it_was(specs: list[InstanceSpec],
         run.run()
     assert len(disturbed.lanes) == 4
     assert bits(disturbed) == bits(calm)
+
+
+def test_a_kept_instance_has_its_new_share_of_requests() -> None:
+    run = simulator([prefill(2), prefill(4)], requests(np.arange(12.0)), cluster(), only="prefill")
+    run.run(3.5)
+    run.reconfigure(Placement((prefill(2), prefill(4, weight=3.0))))
+    run.run()
+    taken = run.requests().prefill_instance
+    assert taken[:4].tolist() == [0, 1, 0, 1]
+    assert (taken[4:] == 1).sum() == 6
+
+
+def test_a_clock_rises_after_the_last_call_and_falls_after_the_first(tmp_path: Path) -> None:
+    calls = tmp_path / "calls.yaml"
+    calls.write_text("median_ms: 5.0\nsigma: 0.0\nsettle_ms: 1.0\n")
+    run = simulator([prefill(4), decode(2)], requests([9.0]), cluster(switching=str(calls)), log_events=100)
+    run.run(1.0)
+    run.set_clock(0, 3)
+    run.set_clock(1, 3)
+    run.run(2.0)
+    run.set_clock(0, 0)
+    run.run(3.0)
+    changes = run.events[run.events["kind"] == EVENTS.index("clock")]
+    # One node's calls come one after another, each instance's followed by the time to settle.
+    np.testing.assert_allclose(changes["time_s"], [1.021, 1.032, 2.006])
+    assert changes["instance"].tolist() == [0, 1, 0]
+    np.testing.assert_allclose(run.instances().time_s[:, BUCKETS.index("switching")], [0.042, 0.011])
 
 
 def test_an_instance_is_booked_from_the_moment_it_has_gpus() -> None:
