@@ -17,7 +17,7 @@ import tyro
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH_OF_FILES = 140
+_WIDTH_OF_FILES = 150
 
 app = tyro.extras.SubcommandApp()
 trace_app = tyro.extras.SubcommandApp()

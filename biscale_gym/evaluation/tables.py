@@ -100,7 +100,7 @@ def _energy(own: list[Summary]) -> Grid:
     scale, unit = _unit(own)
     columns: dict[str, Cell] = {}
     for phase in ("prefill", "decode", "total"):
-        columns[f"{phase} {unit}"] = _mean(f"{phase}_energy_j", scale)
+        columns[f"{phase} {unit}"] = _mean(f"{phase}_energy_j", scale, 3)
         if any(s.ratios for s in own):
             columns[f"{phase} Δ"] = _saving(f"{phase}_energy_j")
     columns["P99 within SLO"] = lambda s: f"no: {', '.join(s.breaches)}" if s.breaches else "yes"
@@ -111,11 +111,11 @@ def _energy(own: list[Summary]) -> Grid:
 
 def _use(own: list[Summary]) -> Grid:
     scale, unit = _unit(own)
-    columns = {f"{use} {unit}": _mean(f"{use}_energy_j", scale) for use in _USES}
+    columns = {f"{use} {unit}": _mean(f"{use}_energy_j", scale, 3) for use in _USES}
     columns |= {
-        "J/prompt token": _mean("prefill_j_per_token", 1.0),
-        "J/output token": _mean("decode_j_per_token", 1.0),
-        "GPUs used": _mean("gpus_used", 1.0),
+        "J/prompt token": _mean("prefill_j_per_token", 1.0, 4),
+        "J/output token": _mean("decode_j_per_token", 1.0, 4),
+        "GPUs used": _mean("gpus_used", 1.0, 2),
     }
     title = f"{_title(own)}: where it goes (idle, switching and loading are part of prefill and decode)"
     return _grid(title, own, columns)
@@ -171,11 +171,11 @@ def _marked(controller: str, breaks_slo: bool) -> str:
     return f"{controller} ✗" if breaks_slo else controller
 
 
-def _mean(metric: str, scale: float) -> Cell:
+def _mean(metric: str, scale: float, decimals: int) -> Cell:
     def cell(summary: Summary) -> str:
         interval = summary.metrics[metric]
-        value = f"{interval.value / scale:.4g}"
-        return value if math.isnan(interval.low) else f"{value} ± {(interval.high - interval.value) / scale:.2g}"
+        half = "" if math.isnan(interval.low) else f" ± {(interval.high - interval.value) / scale:.{decimals}f}"
+        return f"{interval.value / scale:.{decimals}f}{half}"
 
     return cell
 
