@@ -31,6 +31,12 @@ def served(case: Case) -> Simulator:
     return simulator
 
 
+def halted(case: Case, share: float) -> Case:
+    """The case until a share of its trace has arrived, its re-placements included."""
+    last_border_s = max((at_s for at_s, _ in case.borders), default=0.0)
+    return replace(case, until_s=max(share * case.trace.duration_s, last_border_s))
+
+
 class Meter:
     """Joules and seconds read off the power of every instance between any two events."""
 
@@ -69,8 +75,7 @@ class Meter:
 @many
 @given(cases(), st.floats(0.0, 1.2))
 def test_every_request_is_finished_in_flight_or_rejected(case: Case, share: float) -> None:
-    last_border_s = max((at_s for at_s, _ in case.borders), default=0.0)
-    simulator = run_engine(replace(case, until_s=max(share * case.trace.duration_s, last_border_s)))
+    simulator = run_engine(halted(case, share))
     ledger, counts = simulator.requests(), simulator.counts()
     assert counts["finished"] == ledger.finished.sum()
     assert counts["rejected"] == ledger.rejected.sum()
@@ -82,8 +87,9 @@ def test_every_request_is_finished_in_flight_or_rejected(case: Case, share: floa
 
 
 @many
-@given(cases())
-def test_joules_are_the_integral_of_power_and_seconds_the_time_in_service(case: Case) -> None:
+@given(cases(), st.floats(0.0, 1.2))
+def test_joules_are_the_integral_of_power_and_seconds_the_time_in_service(case: Case, share: float) -> None:
+    case = halted(case, share)
     meter = Meter(new_engine(case))
     for at_s, placement in case.borders:
         meter.run(at_s)
@@ -99,17 +105,17 @@ def test_joules_are_the_integral_of_power_and_seconds_the_time_in_service(case: 
 @many
 @given(cases())
 def test_where_a_run_is_halted_changes_nothing(case: Case) -> None:
-    whole, halted = run_engine(case), new_engine(case)
+    whole, parts = run_engine(case), new_engine(case)
     stops_s = [(at_s, None) for at_s in np.linspace(0.0, case.until_s, 97)]
     for at_s, placement in sorted([*stops_s, *case.borders], key=lambda stop: stop[0]):
-        halted.run(at_s)
-        halted.instances()
+        parts.run(at_s)
+        parts.instances()
         if placement is not None:
-            halted.reconfigure(placement)
+            parts.reconfigure(placement)
     for name in TIMES:
-        np.testing.assert_array_equal(getattr(halted.requests(), name), getattr(whole.requests(), name))
-    np.testing.assert_array_equal(halted.events, whole.events)
-    one, other = halted.instances(), whole.instances()
+        np.testing.assert_array_equal(getattr(parts.requests(), name), getattr(whole.requests(), name))
+    np.testing.assert_array_equal(parts.events, whole.events)
+    one, other = parts.instances(), whole.instances()
     np.testing.assert_allclose(one.energy_j, other.energy_j, rtol=RELATIVE, atol=1e-9)
     assert one.unallocated_j == pytest.approx(other.unallocated_j, rel=RELATIVE)
 
