@@ -56,6 +56,11 @@ class BiScale:
         self.replans = True
 
     @property
+    def foresees(self) -> bool:
+        """Whether tier 1's forecast is the oracle."""
+        return self.tier1.foresees
+
+    @property
     def notes(self) -> list[str]:
         """What readers of a run's record must know."""
         return self.tier1.notes

@@ -19,7 +19,7 @@ two phases is made as great as possible, and among such counts power is least.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ class Counts:
     """Least ratio of capacity to demand over both phases, at most 1 if ``feasible`` is False."""
     feasible: bool
     power_w: float
-    """Value of the objective."""
+    """Value of the objective, W."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,34 @@ class Room:
         degrees = np.unique(tp)
         taken = np.array([np.where(tp >= p, gpus_each / p, 0.0) for p in degrees])
         return LinearConstraint(taken, ub=[self.nodes * (self.gpus_per_node // p) for p in degrees])
+
+
+def judge_counts(
+    counts: Sequence[int],
+    is_prefill: Sequence[bool],
+    gpus_each: Sequence[int],
+    rate_rps: Sequence[float],
+    power_w: Sequence[float],
+    *,
+    room: Room,
+    demand_rps: float,
+    unallocated_w: float = 0.0,
+) -> Counts:
+    """What given counts carry and draw, in the terms of :func:`choose_counts`, whose other arguments these are.
+
+    That they fit the room is not checked.
+    """
+    number = np.asarray(counts, dtype=np.float64)
+    prefill = np.asarray(is_prefill, dtype=bool)
+    rate = np.asarray(rate_rps, dtype=np.float64)
+    idle_gpus = room.gpus - np.asarray(gpus_each, dtype=np.float64) @ number
+    capacity = np.vstack([prefill, ~prefill]).astype(np.float64) @ (number * rate)
+    return Counts(
+        counts=tuple(int(n) for n in counts),
+        coverage=float((capacity / demand_rps).min()) if demand_rps > 0.0 else float("inf"),
+        feasible=bool((capacity >= demand_rps * (1.0 - _RATE_TOLERANCE)).all()),
+        power_w=float(np.asarray(power_w, dtype=np.float64) @ number + unallocated_w * idle_gpus),
+    )
 
 
 def choose_counts(
@@ -122,13 +150,17 @@ def choose_counts(
         counts = programme.cheapest(cost, demand * coverage * (1.0 - 1e-6))
         if counts is None:
             raise AgentError(f"the solver lost the placement that carries {coverage:.3%} of {demand:.3f} requests/s")
-    capacity = programme.phases @ (counts * rate)
-    return Counts(
-        counts=tuple(int(n) for n in counts),
-        coverage=float((capacity / demand).min()) if demand > 0.0 else float("inf"),
-        feasible=feasible,
-        power_w=float(power @ counts + unallocated_w * (room.gpus - size @ counts)),
+    judged = judge_counts(
+        [int(n) for n in counts],
+        is_prefill,
+        gpus_each,
+        rate_rps,
+        power_w,
+        room=room,
+        demand_rps=demand,
+        unallocated_w=unallocated_w,
     )
+    return replace(judged, feasible=feasible)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ class Tier1Settings(Settings):
     quantile: float = Field(default=0.99, gt=0.0, lt=1.0)
     margin: float = Field(default=0.05, ge=0.0)
     """Capacity kept above the forecast rate, the paper's alpha."""
+    forecast: Literal["last-window", "peak", "ewma", "oracle"] = "last-window"
+    """Rate that the next window is planned for (:mod:`agents.forecast`)."""
+    peak_s: float = Field(default=60.0, gt=0.0)
+    """``peak``: length of the parts of the last window of which the busiest counts."""
+    ewma_weight: float = Field(default=0.5, gt=0.0, le=1.0)
+    """``ewma``: weight of the last window; 1 forgets all others."""
+    keep_within: float = Field(default=0.0, ge=0.0)
+    """The present placement stays while its power exceeds the optimum's by no more than this share; 0: never."""
     count_unallocated: bool = False
     """Whether the idle power of GPUs that no instance takes is part of the objective."""
     requests_per_probe: int = Field(default=10_000, ge=100)

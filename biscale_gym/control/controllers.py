@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import ClusterError, PhasePolicy
@@ -15,6 +18,7 @@ from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.profiles import Profile
 from biscale_gym.traces import Trace
 
+FloatArray = NDArray[np.float64]
 ENTRY_POINTS = "biscale_gym.controllers"
 
 
@@ -22,9 +26,18 @@ class ControllerError(ValueError):
     """A controller that cannot be found or used; the message names the nearest valid one."""
 
 
+def no_arrivals() -> FloatArray:
+    """Of a window that there has not been."""
+    return np.zeros(0)
+
+
 @dataclass(frozen=True)
 class PlanContext:
-    """What a controller knows when it plans a window.
+    """What a controller knows when it plans a window: the past, never the trace that is evaluated.
+
+    The one exception is ``coming_rate_rps``. It is filled in only for a controller whose attribute ``foresees`` is
+    true, which bounds in studies have and nothing else should: every other controller finds None there, in every
+    window, and fails at once if it calculates with it. ``last_arrivals_s`` is a copy, not a view into the trace.
 
     Attributes:
         scenario: cluster, SLO, clocks, window length.
@@ -34,6 +47,10 @@ class PlanContext:
         history_rps: mean arrival rate of each window so far; empty before the first.
         previous: the placement that serves now, None before the first.
         clocks_mhz: the run's ascending clock list; policies answer with indices into it.
+        last_arrivals_s: float64[requests of the last window], ascending, s from that window's start; read-only, empty
+            before the first border.
+        coming_rate_rps: true mean rate until the next border or the end of the counted part; None before the first
+            border, and for every controller that does not foresee.
     """
 
     scenario: ScenarioSettings
@@ -43,6 +60,8 @@ class PlanContext:
     history_rps: tuple[float, ...] = ()
     previous: Placement | None = None
     clocks_mhz: tuple[int, ...] = ()
+    last_arrivals_s: FloatArray = field(default_factory=no_arrivals, compare=False)
+    coming_rate_rps: float | None = None
 
     @property
     def last_rate_rps(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,19 @@ class Rollout:
             clocks_mhz=self._clocks_mhz,
         )
 
+    def _arrivals_s(self, start_s: float, stop_s: float) -> FloatArray:
+        """Arrivals in [start_s, stop_s) of the evaluated trace."""
+        arrival_s = self.requests.evaluated.arrival_s
+        first, last = np.searchsorted(arrival_s, (start_s, stop_s))
+        return arrival_s[first:last]
+
+    def _coming_rate_rps(self, now_s: float) -> float | None:
+        """True mean rate of the window that begins, for a controller that says that it foresees; else None."""
+        if not getattr(self.controller, "foresees", False):
+            return None
+        stop_s = min(now_s + self.scenario.window_s, self.end_s)
+        return len(self._arrivals_s(now_s, stop_s)) / (stop_s - now_s) if stop_s > now_s else 0.0
+
     def _policies(self) -> tuple[PhasePolicy | None, PhasePolicy | None]:
         policies = self.controller.policies(self._context())
         for phase, policy in zip(PHASES, policies, strict=True):
@@ -179,10 +192,11 @@ class Rollout:
         return self.requests.end_s
 
     def _replan(self, now_s: float, window_s: float) -> None:
-        arrival_s = self.requests.evaluated.arrival_s
-        first, last = np.searchsorted(arrival_s, (now_s - window_s, now_s))
-        self._history_rps.append(float(last - first) / window_s)
-        placement = self.controller.plan(self._context())
+        arrivals_s = self._arrivals_s(now_s - window_s, now_s) - (now_s - window_s)
+        arrivals_s.setflags(write=False)
+        self._history_rps.append(len(arrivals_s) / window_s)
+        context = replace(self._context(), last_arrivals_s=arrivals_s, coming_rate_rps=self._coming_rate_rps(now_s))
+        placement = self.controller.plan(context)
         if placement != self.placements[-1][1]:
             self.simulator.reconfigure(placement)
         self.placements.append((now_s, placement))

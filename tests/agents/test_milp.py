@@ -52,7 +52,7 @@ def enumerate_counts(is_prefill, size, rate, power, room, demand, unallocated_w)
 def test_equals_enumeration(unallocated_w):
     rng = np.random.default_rng(23)
     infeasible = 0
-    for _ in range(100):
+    for _ in range(200):
         is_prefill, size, rate, power = random_table(rng)
         room = Room(int(rng.integers(1, 4)), int(rng.choice([2, 3, 4, 6, 8])))
         if room.gpus > 12:
@@ -74,7 +74,7 @@ def test_equals_enumeration(unallocated_w):
         else:
             infeasible += 1
             assert found.coverage == pytest.approx(coverage, rel=1e-5)
-    assert 10 < infeasible < 90
+    assert 20 < infeasible < 180
 
 
 def test_counts_with_pipelines_can_be_laid_out():

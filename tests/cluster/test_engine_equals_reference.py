@@ -68,6 +68,11 @@ def test_an_instance_that_waits_for_gpus_starts_at_its_new_clock(seed: int) -> N
     assert_same(random_case(seed, borders=True))
 
 
+@pytest.mark.parametrize("seed", [5678, 7750, 8495, 9390, 9667])
+def test_decisions_of_one_instant_are_taken_in_the_order_of_waking(seed: int) -> None:
+    assert_same(random_case(seed, borders=True))
+
+
 @pytest.mark.parametrize("seed", range(2000, 2030))
 def test_decode_alone(seed: int) -> None:
     assert_same(random_case(seed, only="decode"))

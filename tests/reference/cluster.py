@@ -75,25 +75,28 @@ class Cluster(Serving):
             self.end(instance)
         elif iteration is not None and iteration.overrun_s <= self.now:
             iteration.overrun_s = math.inf
-            self.ask(instance, "overrun", (iteration.b, iteration.kv, iteration.m, iteration.s2))
+            instance.due_decisions.add("overrun")
+            self.flag(instance)
         elif instance.state == "loading" and instance.loaded_s <= self.now:
             self.activate(instance)
             self.empty_common_queues()
 
     def handle_arrivals(self) -> None:
-        """All arrivals of the instant, then one decision for each running prefill instance whose queue got a prompt."""
+        """All arrivals of the instant, in the trace's order."""
         while self.next_arrival < len(self.requests) and self.requests[self.next_arrival].arrival_s <= self.now:
             self.arrive(self.requests[self.next_arrival])
             self.next_arrival += 1
-        while self.receivers:
-            instance = self.receivers.pop(0)
-            policy, iteration = self.policy_of(instance), instance.iteration
-            if instance.phase == "prefill" and iteration is not None and policy is not None and policy.on_arrival:
-                self.ask(instance, "arrival", (iteration.b, iteration.kv, iteration.m, iteration.s2))
 
     def wake(self, instance: Instance) -> None:
-        """Let an instance that computes nothing find work."""
-        if instance.iteration is not None or not instance.works():
+        """Let an instance that computes nothing find work; let one that computes take the decision that is due."""
+        due, instance.due_decisions = instance.due_decisions, set()
+        iteration = instance.iteration
+        if iteration is not None:
+            if due:
+                reason = "overrun" if "overrun" in due else "arrival"
+                self.ask(instance, reason, (iteration.b, iteration.kv, iteration.m, iteration.s2))
+            return
+        if not instance.works():
             return
         if instance.phase == "prefill":
             self.wake_prefill(instance)

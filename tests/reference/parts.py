@@ -72,6 +72,7 @@ class Instance:
         self.kv_capacity = spec.kv_capacity
         self.weight = spec.weight
         self.passed = 0.0
+        self.due_decisions: set[str] = set()
         self.state = "waiting-for-gpus"
         self.load_s = 0.0
         self.start_power_w = 0.0

@@ -68,12 +68,15 @@ class Serving(Drivers):
         """Join the instance's queue."""
         if instance.phase == "prefill":
             request.prefill_instance = instance.number
-            if instance not in self.receivers:
-                self.receivers.append(instance)
         else:
             request.decode_instance = instance.number
         instance.queue.append(request)
-        self.flag(instance)
+        policy = self.policy_of(instance)
+        if instance.iteration is None:
+            self.flag(instance)
+        elif instance.phase == "prefill" and policy is not None and policy.on_arrival:
+            instance.due_decisions.add("arrival")
+            self.flag(instance)
 
     def choose(self, request: Request, phase: Phase) -> Instance | None:
         """The router's pick among active instances that can hold the request."""

@@ -28,7 +28,6 @@ class State:
         self.borders = sorted(scenario.borders, key=lambda border: border.time_s)
         self.common_queue: dict[Phase, list[Request]] = {"prefill": [], "decode": []}
         self.flagged: list[Instance] = []
-        self.receivers: list[Instance] = []
         self.unallocated_joules = 0.0
         self.unallocated_gpu_seconds = 0.0
 
