@@ -25,7 +25,7 @@ _njit: Any = numba.njit
 
 def _sources_digest() -> str:
     top = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for part in _COMPILED_PARTS:
         for source in sorted((top / part).glob("*.py")):
             digest.update(source.name.encode())

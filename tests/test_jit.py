@@ -20,6 +20,7 @@ def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for part in PARTS:
         (tmp_path / part).mkdir(parents=True)
         (tmp_path / part / "kernels.py").write_text("x = 1\n")
+    (tmp_path / "biscale_gym" / "_jit.py").write_text("")
     monkeypatch.setattr(_jit, "__file__", str(tmp_path / "biscale_gym" / "_jit.py"))
     return tmp_path
 

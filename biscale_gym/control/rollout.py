@@ -20,6 +20,7 @@ from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.metrics import Counted, measure
 from biscale_gym.profiles import Profile, load_profile
+from biscale_gym.profiles.prediction import predicted_profile
 
 FloatArray = npt.NDArray[np.float64]
 TIMELINE_SAMPLES = 900
@@ -143,25 +144,24 @@ class Rollout:
         self.placements: list[tuple[float, Placement]] = []
         self._history_rps: list[float] = []
         self._clocks_mhz = tuple(sorted({*scenario.clocks_mhz, scenario.top_clock_mhz}))
+        self.predicted: Profile | None = None
+        if scenario.prediction is not None:
+            self.predicted = predicted_profile(self.profile, scenario.prediction, self._clocks_mhz)
         placement = controller.plan(self._context())
         self._clocks_mhz = tuple(sorted({*self._clocks_mhz, *(spec.clock_mhz for spec in placement.instances)}))
         self.simulator = Simulator(
-            cluster, self.profile, placement, requests.evaluated, self._clocks_mhz, scenario.slo, seed
+            cluster,
+            self.profile,
+            placement,
+            requests.evaluated,
+            self._clocks_mhz,
+            scenario.slo,
+            seed,
+            predicted=self.predicted,
         )
         self.placements.append((0.0, placement))
         self.simulator.set_policies(*self._policies())
         self.timeline = Timeline()
-
-    def _context(self) -> PlanContext:
-        return PlanContext(
-            scenario=self.scenario,
-            profile=self.profile,
-            training=self.requests.training,
-            mean_rate_rps=self.requests.mean_rate_rps,
-            history_rps=tuple(self._history_rps),
-            previous=self.placements[-1][1] if self.placements else None,
-            clocks_mhz=self._clocks_mhz,
-        )
 
     def _arrivals_s(self, start_s: float, stop_s: float) -> FloatArray:
         """Arrivals in [start_s, stop_s) of the evaluated trace."""
@@ -175,6 +175,17 @@ class Rollout:
             return None
         stop_s = min(now_s + self.scenario.window_s, self.end_s)
         return len(self._arrivals_s(now_s, stop_s)) / (stop_s - now_s) if stop_s > now_s else 0.0
+
+    def _context(self) -> PlanContext:
+        return PlanContext(
+            scenario=self.scenario,
+            profile=self.predicted or self.profile,
+            training=self.requests.training,
+            mean_rate_rps=self.requests.mean_rate_rps,
+            history_rps=tuple(self._history_rps),
+            previous=self.placements[-1][1] if self.placements else None,
+            clocks_mhz=self._clocks_mhz,
+        )
 
     def _policies(self) -> tuple[PhasePolicy | None, PhasePolicy | None]:
         policies = self.controller.policies(self._context())

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.config import ConfigError, Settings, load_preset, nearest, validate
 from biscale_gym.metrics import TpotDefinition
+from biscale_gym.profiles.prediction import PredictionSettings
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -31,6 +32,8 @@ class ScenarioSettings(Settings):
         clocks_mhz: the controllers' candidate clocks.
         top_clock_mhz: the card's top clock, where an uncontrolled GPU runs.
         training_s: length of the generated training trace that planners learn from.
+        tpot_definition: see ``metrics.tpot_s``.
+        prediction: how controllers come to believe what iterations cost; None: they know the truth.
     """
 
     description: str = ""
@@ -47,6 +50,7 @@ class ScenarioSettings(Settings):
     top_clock_mhz: int
     training_s: Positive = 1800.0
     tpot_definition: TpotDefinition = "per-decode-token"
+    prediction: PredictionSettings | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> ScenarioSettings:

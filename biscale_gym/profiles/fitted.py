@@ -1,12 +1,14 @@
 """The fitted form: gradient-boosted trees learned from profiled iterations, put onto a grid for the engine.
 
-Latency never rises and power never falls with the clock: both are constraints of the fit. Prefill is learned from the
+Latency is a linear form per clock times what trees learn of its residuals; power is trees alone. Latency never rises
+and power never falls with the clock. Prefill is learned from the
 batch's tokens and their mean length as a token sees it (sum of squares / sum: mean and spread of the prompt lengths in
 one number), decode from sequences, KV tokens and KV tokens per sequence. Needs scikit-learn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ class FitSettings:
         learning_rate, trees, leaves, rows_per_leaf: of the boosting.
         kv_knots: regular KV knots of the decode grid, 0 and the largest observed included.
         batch_knots, token_knots, length_knots: at most so many, at quantiles of what was observed.
-        folds: of the cross-validation.
+        folds: of the cross-validation; 0: none, and no errors.
         seed: of the folds.
     """
 
@@ -79,7 +81,8 @@ def fit_tables(
         for tp in sorted({int(value) for value in iterations.tp}):
             own = iterations.rows(iterations.tp == tp)
             tables[tp] = _fit(own, tp, settings)
-            errors += _cross_validate(own, tp, settings)
+            if settings.folds:
+                errors += _cross_validate(own, tp, settings)
     return tables, errors
 
 
@@ -101,6 +104,33 @@ def _decode_features(clock: Floats, batch: Floats, kv: Floats) -> Floats:
 def _prefill_features(clock: Floats, tokens: Floats, length: Floats) -> Floats:
     """Shape (n, 3), the clock first."""
     return np.column_stack([clock, tokens, length])
+
+
+def _tokens_and_squares(features: Floats) -> Floats:
+    """Tokens and sum of squared lengths of prefill features, shape (n, 2)."""
+    tokens, length = features[:, 1], features[:, 2]
+    return np.column_stack([tokens, tokens * length])
+
+
+def _straight(clock: Floats, work: Floats, latency_s: Floats) -> Callable[[Floats, Floats], Floats]:
+    """Latency as a non-negative linear function of two kinds of work, one per clock, by relative least squares.
+
+    Trees are flat beyond what they have seen and coarse near its edge; this form goes on, and they learn the rest.
+    """
+    from scipy.optimize import nnls
+
+    terms = {}
+    for mhz in np.unique(clock):
+        here = clock == mhz
+        design = np.column_stack([np.ones(here.sum()), work[here]])
+        scale = design.max(axis=0)
+        terms[mhz] = nnls(design / scale / latency_s[here, None], np.ones(here.sum()))[0] / scale
+
+    def predicted(clocks: Floats, asked: Floats) -> Floats:
+        own = np.array([terms[mhz] for mhz in clocks])
+        return np.asarray(own[:, 0] + (own[:, 1:] * asked).sum(axis=1))
+
+    return predicted
 
 
 def _trees(features: Floats, target: Floats, direction: int, settings: FitSettings) -> HistGradientBoostingRegressor:
@@ -144,9 +174,18 @@ def _fit(iterations: Iterations, tp: int, settings: FitSettings) -> ProfileTable
     decode_asked = _decode_features(*(axis.ravel() for axis in decode_grid))
     prefill_asked = _prefill_features(*(axis.ravel() for axis in prefill_grid))
 
-    def on_grid(seen: Floats, target: Floats, direction: int, asked: Floats, shape: tuple[int, ...]) -> Floats:
-        values: Floats = np.exp(_trees(seen, target, direction, settings).predict(asked)).reshape(shape)
+    def power_w(seen: Floats, target: Floats, asked: Floats, shape: tuple[int, ...]) -> Floats:
+        values: Floats = np.exp(_trees(seen, target, 1, settings).predict(asked)).reshape(shape)
         return values
+
+    def latency_s(
+        seen: Floats, target: Floats, work: Floats, asked: Floats, at: Floats, shape: tuple[int, ...]
+    ) -> Floats:
+        straight = _straight(seen[:, 0], work, target)
+        ratio = _trees(seen, target / straight(seen[:, 0], work), 0, settings)
+        values = (straight(asked[:, 0], at) * np.exp(ratio.predict(asked))).reshape(shape)
+        # Ascending clocks are the first axis: latency never rises with the clock.
+        return np.minimum.accumulate(values, axis=0)
 
     decode_shape, prefill_shape = decode_grid[0].shape, prefill_grid[0].shape
     return ProfileTable(
@@ -154,12 +193,21 @@ def _fit(iterations: Iterations, tp: int, settings: FitSettings) -> ProfileTable
         idle_power_w=np.interp(clocks, idle.clock_mhz[order], idle.power_w_per_gpu[order]),
         decode_batches=batches,
         decode_kv_tokens=kv,
-        decode_latency_s=on_grid(decode_seen, 1e-3 * decode.latency_ms, -1, decode_asked, decode_shape),
-        decode_power_w=on_grid(decode_seen, decode.power_w_per_gpu, 1, decode_asked, decode_shape),
+        decode_latency_s=latency_s(
+            decode_seen, 1e-3 * decode.latency_ms, decode_seen[:, 1:3], decode_asked, decode_asked[:, 1:3], decode_shape
+        ),
+        decode_power_w=power_w(decode_seen, decode.power_w_per_gpu, decode_asked, decode_shape),
         prefill_tokens=tokens,
         prefill_mean_length=lengths,
-        prefill_latency_s=on_grid(prefill_seen, 1e-3 * prefill.latency_ms, -1, prefill_asked, prefill_shape),
-        prefill_power_w=on_grid(prefill_seen, prefill.power_w_per_gpu, 1, prefill_asked, prefill_shape),
+        prefill_latency_s=latency_s(
+            prefill_seen,
+            1e-3 * prefill.latency_ms,
+            _tokens_and_squares(prefill_seen),
+            prefill_asked,
+            _tokens_and_squares(prefill_asked),
+            prefill_shape,
+        ),
+        prefill_power_w=power_w(prefill_seen, prefill.power_w_per_gpu, prefill_asked, prefill_shape),
     )
 
 
