@@ -1,15 +1,17 @@
 """How fast the project is. docs/benchmarks.md says what each figure means.
 
-``python scripts/benchmark.py engine`` prints a table; ``--json FILE`` writes the figures, ``--json -`` prints them
-and sends the table to standard error.
+``python scripts/benchmark.py engine`` prints a table (``planners`` another); ``--json FILE`` writes the figures,
+``--json -`` prints them and sends the table to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +24,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from agents.biscale import BiScale
 from biscale_gym.cluster import features
 from biscale_gym.cluster.placement import InstanceSpec, Placement
 from biscale_gym.cluster.policy import POLICY_TYPE, hold
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
+from biscale_gym.config import cache_root
 from biscale_gym.control.controllers import Controller, PlanContext, make_controller
 from biscale_gym.control.rollout import RunJob, run
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
@@ -397,7 +401,118 @@ ENGINE = Benchmark(
     peers=(("simdistserve", 1_500.0), ("Vidur", 450.0), ("AISimulate (Rust)", 3_300.0)),
 )
 
-BENCHMARKS: dict[str, Benchmark] = {"engine": ENGINE}
+
+# -- planners ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannerSizes:
+    """How much is planned; the defaults are the published benchmark's.
+
+    Attributes:
+        scenario: whose workload, SLO and clocks the classes have.
+        tier1: settings of BiScale's tier 1.
+        rates_rps_per_gpu: rates that a window is planned for; past about 5.5 no placement carries them.
+        repeats: the best of so many counts.
+        compile: whether the cold plan compiles, too.
+    """
+
+    scenario: str = "paper-67"
+    tier1: dict[str, Any] = field(default_factory=dict)
+    rates_rps_per_gpu: tuple[float, ...] = tuple(np.linspace(0.5, 7.0, 27).tolist())
+    repeats: int = 5
+    compile: bool = True
+
+
+def warm_plans_ms(sizes: PlannerSizes, nodes: int) -> list[float]:
+    """Milliseconds of planning a window on that many nodes of 8 GPUs, class tables in memory; one for each rate."""
+    scenario = load_scenario(sizes.scenario, {"cluster.nodes": nodes, "cluster.gpus_per_node": 8})
+    cluster = scenario.cluster
+    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    requests = requests_for(scenario, profile, "test", 0, None, None)
+    controller = BiScale(tier1=sizes.tier1)
+    context = PlanContext(scenario, profile, requests.training, requests.mean_rate_rps)
+    context = replace(context, previous=controller.plan(context))
+    each_ms = []
+    for rate_rps_per_gpu in sizes.rates_rps_per_gpu:
+        window = replace(context, history_rps=(8 * nodes * rate_rps_per_gpu,))
+
+        def plan(window: PlanContext = window) -> None:
+            controller.plan(window)
+
+        each_ms.append(1e3 * best_s(plan, lambda: None, sizes.repeats, time.perf_counter))
+    return each_ms
+
+
+def measure_warm_plans(sizes: PlannerSizes) -> Figures:
+    """Milliseconds of a plan on 16 and on 1,024 GPUs, at the median rate and at the one that takes longest."""
+    figures: Figures = {}
+    for gpus in (16, 1024):
+        each_ms = warm_plans_ms(sizes, gpus // 8)
+        figures[f"plan_{gpus}_gpus_ms"] = float(np.median(each_ms))
+        figures[f"plan_{gpus}_gpus_slowest_ms"] = max(each_ms)
+    return figures
+
+
+FIRST_PLAN = """
+import json, sys
+from agents.biscale import BiScale
+from biscale_gym.control.controllers import PlanContext
+from biscale_gym.control.scenario import load_scenario
+from biscale_gym.control.workload import requests_for
+from biscale_gym.profiles import load_profile
+
+scenario = load_scenario(sys.argv[1], {"cluster.nodes": 2, "cluster.gpus_per_node": 8})
+cluster = scenario.cluster
+profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+requests = requests_for(scenario, profile, "test", 0, None, None)
+BiScale(tier1=json.loads(sys.argv[2])).plan(PlanContext(scenario, profile, requests.training, requests.mean_rate_rps))
+"""
+
+
+def first_plan_s(sizes: PlannerSizes, compiled: bool) -> float:
+    """Wall seconds from starting a Python process to its first plan for 16 GPUs, no class table being on disk.
+
+    Args:
+        sizes: what is planned.
+        compiled: whether the code's compiled form is on disk.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "BISCALE_GYM_CACHE": folder}
+        if compiled:
+            environment.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
+        else:
+            environment.pop("NUMBA_CACHE_DIR", None)
+        command = [sys.executable, "-c", FIRST_PLAN, sizes.scenario, json.dumps(sizes.tier1)]
+        start_s = time.perf_counter()
+        subprocess.run(command, check=True, env=environment)
+        return time.perf_counter() - start_s
+
+
+def measure_planners(sizes: PlannerSizes | None = None) -> Figures:
+    """All figures of the placement planner."""
+    sizes = sizes or PlannerSizes()
+    return {
+        **measure_warm_plans(sizes),
+        "cold_plan_s": first_plan_s(sizes, compiled=not sizes.compile),
+        "cold_plan_compiled_s": first_plan_s(sizes, compiled=True),
+    }
+
+
+PLANNERS = Benchmark(
+    measure=measure_planners,
+    about="speed of tier 1",
+    goals=(
+        Goal("plan_16_gpus_ms", "plan for 16 GPUs, class tables in memory, median rate", "ms", below=50.0),
+        Goal("plan_16_gpus_slowest_ms", "… slowest rate", "ms", below=50.0),
+        Goal("plan_1024_gpus_ms", "plan for 1,024 GPUs, median rate", "ms", below=1000.0),
+        Goal("plan_1024_gpus_slowest_ms", "… slowest rate", "ms", below=1000.0),
+        Goal("cold_plan_s", "new process to its first plan, nothing on disk", "s", below=60.0),
+        Goal("cold_plan_compiled_s", "… compiled code on disk", "s"),
+    ),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {"engine": ENGINE, "planners": PLANNERS}
 """Sub-commands by name."""
 
 

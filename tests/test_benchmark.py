@@ -57,6 +57,18 @@ def test_the_day_is_served(figures) -> None:
     assert figures["day_iterations"] > figures["day_requests"] / 10
 
 
+def test_planners_are_measured(benchmark: ModuleType) -> None:
+    quick = {"requests_per_probe": 200, "warmup_s": 1.0, "rate_tolerance": 0.2}
+    sizes = benchmark.PlannerSizes(
+        scenario="smoke", tier1=quick, rates_rps_per_gpu=(1.0, 20.0), repeats=1, compile=False
+    )
+    figures = benchmark.measure_planners(sizes)
+    assert set(figures) == {goal.key for goal in benchmark.PLANNERS.goals}
+    assert {"plan_16_gpus_ms", "plan_1024_gpus_ms", "cold_plan_s"} <= set(figures)
+    assert all(math.isfinite(value) and value > 0 for value in figures.values())
+    assert all(figures[f"plan_{gpus}_gpus_slowest_ms"] >= figures[f"plan_{gpus}_gpus_ms"] for gpus in (16, 1024))
+
+
 def test_all_requests_of_the_load_are_served(benchmark: ModuleType) -> None:
     trace = benchmark.linear_trace(2, 20.0)
     simulator = benchmark.linear_cluster(2, trace)
