@@ -287,6 +287,7 @@ def class_table(
             on_column(sum(table is not None for table in tables), len(columns))
 
     if any(table is None for table in tables):
+        _refuse_while_starting()
         with table_cache.exclusively(CACHE_KIND, table_cache.content_key({"columns": keys})):
             # Somebody else may have measured them while this process waited.
             tables = [_load_column(key) if table is None else table for key, table in zip(keys, tables, strict=True)]
@@ -298,6 +299,12 @@ def class_table(
                 if tables[number] is None:
                     take(number, _measure_and_store(measurement, columns[number], keys[number]))
     return tuple(row for table in tables if table is not None for row in table)
+
+
+def _refuse_while_starting() -> None:
+    """In a worker that, starting, runs its parent's unguarded script again: it must not wait for the parent's lock."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise PlanningError("a worker process ran the script that started it; guard it: if __name__ == '__main__':")
 
 
 def _measure_in_processes(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.config import cache_root
 from biscale_gym.planning import classes, table_cache
 from biscale_gym.planning.classes import Column, Measurement, class_table, measure_column
 from biscale_gym.planning.errors import PlanningError
@@ -200,3 +204,43 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(measurement, probes, tmp
 def test_no_columns_is_an_error(measurement):
     with pytest.raises(PlanningError, match="memory"):
         class_table(measurement, ())
+
+
+UNGUARDED = """
+from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.planning.classes import Column, Measurement, class_table
+from biscale_gym.profiles import load_profile
+from biscale_gym.traces import generate, load_workload
+
+measurement = Measurement(
+    profile=load_profile("h100-sxm5", "llama-3.1-8b", "bf16"),
+    cluster=ClusterSettings(),
+    slo=SloSettings(ttft_s=0.6, tpot_s=0.1),
+    training=generate(load_workload("lognormal-poisson"), 10.0, 30.0, 0),
+    headroom=0.95,
+    quantile=0.99,
+    requests_per_probe=100,
+    warmup_s=1.0,
+    rate_tolerance=0.5,
+    seed=1,
+)
+columns = [Column(phase, 1, 1, (1980,)) for phase in ("prefill", "decode")]
+print(len(class_table(measurement, columns, workers=2)))
+"""
+
+
+def test_a_script_without_a_main_guard_is_served_in_its_own_process(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED)
+    # The compiled code is the one at hand: only the class tables start empty.
+    environment = {
+        **os.environ,
+        "BISCALE_GYM_CACHE": str(tmp_path / "cache"),
+        "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(cache_root() / "numba")),
+    }
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2"
+    assert "measured in this process" in done.stderr
