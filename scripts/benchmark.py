@@ -237,7 +237,7 @@ def measure_iterations(sizes: EngineSizes) -> Figures:
     prepared = prepare(sizes, make_controller("distserve", sizes.distserve))
     decode = make_controller("biscale", sizes.biscale).policies(prepared.context)[1]
     prepared.simulator.set_policies(None, decode)
-    cpu_s = best_run_cpu_s(prepared.simulator, sizes.repeats)
+    cpu_s = best_run_cpu_s(prepared.simulator, 3 * sizes.repeats)
     return {"iterations_per_cpu_s": iterations_of(prepared.simulator) / cpu_s}
 
 

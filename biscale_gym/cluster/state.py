@@ -224,7 +224,6 @@ INSTANCE = np.dtype(
         ("batch_tail", _i),
         ("batch_n", _i),
         ("chunk_request", _i),
-        ("chunk_batch_tokens", _i),
         ("transit_head", _i),
         ("transit_tail", _i),
         ("transit_n", _i),
@@ -246,7 +245,6 @@ INSTANCE = np.dtype(
         ("ask_arrival", _i),
         ("ask_overrun", _i),
         ("idle_asked", _i),
-        ("replacement_start_s", _f),
         ("load_s", _f),
         ("load_extra_w", _f),
         # counts

@@ -95,7 +95,7 @@ def run_matrix(
     if workers < 1:
         raise EvaluationError(f"--workers {workers}: at least 1 is needed")
     ids = {_key(job): run_id(job) for job in jobs}
-    done = {record_id: record for record_id, record in store.load().items() if store.has_arrays(record)}
+    done = _recorded(store)
     result = MatrixResult()
 
     with _progress(console) as progress:
@@ -117,9 +117,16 @@ def run_matrix(
                     progress.advance(task)
         except KeyboardInterrupt:
             result.interrupted = True
+            # It may have come between a record's line and this function's note of it.
+            done = _recorded(store)
 
     result.records = [done[ids[_key(job)]] for job in jobs if ids[_key(job)] in done]
     return result
+
+
+def _recorded(store: RecordStore) -> dict[str, Record]:
+    """The folder's whole records by id."""
+    return {record_id: record for record_id, record in store.load().items() if store.has_arrays(record)}
 
 
 def label(job: RunJob) -> str:
