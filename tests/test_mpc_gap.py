@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -13,19 +11,12 @@ import pytest
 from agents import mpc_search as search
 from biscale_gym.profiles import load_profile
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 0.57
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mpc_gap", ROOT / "scripts" / "mpc_gap.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mpc_gap"] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("mpc_gap")
 
 
 @pytest.fixture(scope="module")

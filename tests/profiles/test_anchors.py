@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +17,8 @@ SERVING_OVERHEAD_MS = 34.01489704182551
 
 
 @pytest.fixture(scope="module")
-def card() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("model_card", ROOT / "scripts" / "model_card.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["model_card"] = module
-    spec.loader.exec_module(module)
-    return module
+def card(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("model_card")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
