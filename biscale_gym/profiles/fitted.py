@@ -1,9 +1,9 @@
 """The fitted form: gradient-boosted trees learned from profiled iterations, put onto a grid for the engine.
 
 Latency is a linear form per clock times what trees learn of its residuals; power is trees alone. Latency never rises
-and power never falls with the clock. Prefill is learned from the
-batch's tokens and their mean length as a token sees it (sum of squares / sum: mean and spread of the prompt lengths in
-one number), decode from sequences, KV tokens and KV tokens per sequence. Needs scikit-learn.
+and power never falls with the clock. Prefill is learned from the batch's tokens and their mean length as a token sees
+it (sum of squares / sum: mean and spread of the prompt lengths in one number), decode from sequences, KV tokens and KV
+tokens per sequence. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _tokens_and_squares(features: Floats) -> Floats:
 def _straight(clock: Floats, work: Floats, latency_s: Floats) -> Callable[[Floats, Floats], Floats]:
     """Latency as a non-negative linear function of two kinds of work, one per clock, by relative least squares.
 
-    Trees are flat beyond what they have seen and coarse near its edge; this form goes on, and they learn the rest.
+    Trees are flat beyond what they have seen and coarse near its edge; this form goes on, and they learn the rest. At a
+    clock that was not profiled in this phase the nearest one's holds; no answer is below half the least latency seen.
     """
     from scipy.optimize import nnls
 
@@ -126,9 +127,13 @@ def _straight(clock: Floats, work: Floats, latency_s: Floats) -> Callable[[Float
         scale = design.max(axis=0)
         terms[mhz] = nnls(design / scale / latency_s[here, None], np.ones(here.sum()))[0] / scale
 
+    profiled = np.array(list(terms))
+    least_s = 0.5 * latency_s.min()
+
     def predicted(clocks: Floats, asked: Floats) -> Floats:
-        own = np.array([terms[mhz] for mhz in clocks])
-        return np.asarray(own[:, 0] + (own[:, 1:] * asked).sum(axis=1))
+        nearest = profiled[np.abs(np.subtract.outer(clocks, profiled)).argmin(axis=1)]
+        own = np.array([terms[mhz] for mhz in nearest])
+        return np.asarray(np.maximum(own[:, 0] + (own[:, 1:] * asked).sum(axis=1), least_s))
 
     return predicted
 

@@ -167,6 +167,31 @@ def test_fit_refuses_missing_phases(bf16: Profile) -> None:
         fit_tables(rows.rows(rows.prefill_tokens == 0))
 
 
+def test_a_clock_may_be_profiled_in_one_phase_only(bf16: Profile) -> None:
+    pytest.importorskip("sklearn", reason="the fitted form needs scikit-learn")
+    from biscale_gym.profiles.fitted import FitSettings, fit_tables
+
+    rows = synthetic_iterations(bf16, 4, CLOCKS, 800, 0.0, np.random.default_rng(0))
+    lacking = rows.rows((rows.prefill_tokens == 0) | (rows.clock_mhz != CLOCKS[1]))
+    table = fit_tables(lacking, FitSettings(trees=40, folds=0))[0][4]
+    assert table.clocks_mhz.tolist() == list(CLOCKS)
+    assert np.all(np.diff(table.prefill_latency_s, axis=0) <= 0)
+
+
+def test_the_fit_goes_on_beyond_what_was_profiled(bf16: Profile) -> None:
+    pytest.importorskip("sklearn", reason="the fitted form needs scikit-learn")
+    from biscale_gym.profiles.fitted import FitSettings, fit_tables, predict
+
+    rows = synthetic_iterations(bf16, 4, CLOCKS, 1600, 0.0, np.random.default_rng(0), largest_batch=256)
+    table = fit_tables(rows, FitSettings(trees=60, learning_rate=0.2, folds=0))[0][4]
+    beyond = synthetic_iterations(bf16, 4, CLOCKS, 800, 0.0, np.random.default_rng(1), largest_batch=512)
+    beyond = beyond.rows(beyond.batch > 320)
+    assert len(beyond) > 10
+    got_ms = predict(table, 4, beyond)[:, 0]
+    assert np.mean(np.abs(got_ms / beyond.latency_ms - 1)) < 0.12
+    assert np.mean(got_ms / beyond.latency_ms - 1) > -0.08, "never far too hopeful"
+
+
 def test_randomisation_varies_only_what_is_uncertain(bf16: Profile) -> None:
     ranges = load_preset(RandomisationSettings, "randomisation", "h100-uncertainty")
     one, same = (bf16.randomised(np.random.default_rng(7), ranges) for _ in range(2))
