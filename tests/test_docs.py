@@ -177,7 +177,7 @@ def test_features_of_a_phase_are_told_so() -> None:
         for name in re.findall(r"^([A-Z_]+) = ", part, re.MULTILINE):
             if name in told:
                 assert told[name] == phases[heading], name
-    assert len(told) == 22
+    assert len(told) == 30
 
 
 def test_every_kernel_is_told_with_its_arguments() -> None:

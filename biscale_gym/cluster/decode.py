@@ -58,6 +58,7 @@ def _enqueue(st: State, i: int, r: int) -> None:
     inst.queue_tail = r
     inst.queue_n += 1
     inst.queue_tokens += _kv_present(req)
+    inst.routed += 1
     if not inst.running:
         mark_dirty(st, i)
 
@@ -110,6 +111,47 @@ def _release_prefill(st: State, r: int) -> None:
 
 
 @inlined
+def _saved_s(g: Any, req: Any) -> float:
+    """A running request's slack, less what is common to the batch: SLO x iterations of the instance - now [s].
+
+    Slack is what it may lose and still meet its TPOT if its output ended here: first token + SLO x tokens since - now.
+    Its order within the batch never changes.
+    """
+    # The first token is prefill's, and of "output-length" iterations one makes no token that TPOT counts.
+    tokens = np.float64(np.int64(req.generated) - 1 - g.extra_decode_iteration - req.join_iteration)
+    return req.first_token_s + g.tpot_slo_s * tokens
+
+
+@compiled
+def note_slack(st: State, i: int, r: int, n: int) -> None:
+    """Put a request that joins a batch of n into the batch's descending list of slacks; the newest are mostly last."""
+    saved_s = st.slack_s[i]
+    value_s = _saved_s(st.glob[0], st.req[r])
+    position = n
+    while position > 0 and saved_s[position - 1] < value_s:
+        saved_s[position] = saved_s[position - 1]
+        position -= 1
+    saved_s[position] = value_s
+
+
+@compiled
+def _forget_slack(st: State, i: int, r: int) -> None:
+    """Take a request that leaves the batch (its fields as when it joined) out of the list."""
+    n = st.inst[i].run_n
+    saved_s = st.slack_s[i]
+    value_s = _saved_s(st.glob[0], st.req[r])
+    low, high = 0, n - 1
+    while low < high:
+        middle = (low + high) // 2
+        if saved_s[middle] > value_s:
+            low = middle + 1
+        else:
+            high = middle
+    for position in range(low, n - 1):
+        saved_s[position] = saved_s[position + 1]
+
+
+@inlined
 def _join(st: State, i: int, r: int) -> None:
     inst = st.inst[i]
     req = st.req[r]
@@ -132,6 +174,8 @@ def _join(st: State, i: int, r: int) -> None:
         position = parent
     heap[position] = key
     inst.run_first = heap[0]
+    if g.observe_slack:
+        note_slack(st, i, r, inst.run_n)
     inst.run_n += 1
     inst.run_kv += _kv_present(req)
     log_event(st, EV_JOIN, i, r)
@@ -191,6 +235,8 @@ def _preempt_last(st: State, i: int) -> None:
         inst.recompute_n -= 1
         inst.recompute_tokens -= _kv_present(req)
         inst.recompute_sum_sq -= np.float64(_kv_present(req)) ** 2
+    if st.glob[0].observe_slack:
+        _forget_slack(st, i, r)
     req.generated += inst.iterations - req.join_iteration
     _heap_remove(st.run_heap[i], inst.run_n, r)
     inst.run_first = st.run_heap[i, 0]
@@ -345,6 +391,8 @@ def end_decode(st: State, i: int) -> None:
     heap = st.run_heap[i]
     while inst.run_n > 0 and inst.run_first >> 32 <= inst.iterations:
         r = inst.run_first & _LOW_HALF
+        if g.observe_slack:
+            _forget_slack(st, i, r)
         _heap_replace(heap, inst.run_n - 1, 0, heap[inst.run_n - 1])
         inst.run_first = heap[0]
         _unlink(st, i, r)
@@ -356,6 +404,9 @@ def end_decode(st: State, i: int) -> None:
         inst.kv_used -= np.int64(req.prompt) + np.int64(req.output) if g.full_admission else present
         req.finish_s = g.now_s
         req.status = FINISHED
+        inst.completed += 1
+        # Not divided by output - 1: it is 0 where one token is decoded once more.
+        inst.late += np.int64(g.now_s - req.first_token_s > g.tpot_slo_s * np.float64(req.output - 1))
         g.finished += 1
         log_event(st, EV_FINISH, i, r)
 

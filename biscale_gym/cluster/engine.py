@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import typeof, types
+from numba import types
 
 from biscale_gym._jit import compiled, compiled_as, inlined
 from biscale_gym.cluster import features as f
@@ -14,9 +14,11 @@ from biscale_gym.cluster.decode import (
     deliver,
     end_decode,
     form_decode_batch,
+    note_slack,
     return_waiting,
     route_pending_decode,
 )
+from biscale_gym.cluster.handle import HANDLE_TYPE, STATE_TYPE, decode_policy_at, prefill_policy_at, state_at
 from biscale_gym.cluster.iteration import begin_iteration, end_iteration, go_idle
 from biscale_gym.cluster.observe import observe
 from biscale_gym.cluster.policy import POLICY_TYPE
@@ -29,7 +31,6 @@ from biscale_gym.cluster.prefill import (
 )
 from biscale_gym.cluster.primitives import (
     accrue,
-    accrue_all,
     accrue_unallocated,
     iteration_entity,
     mark_dirty,
@@ -49,7 +50,6 @@ from biscale_gym.cluster.state import (
     LOADING,
     PREFILL,
     State,
-    empty_state,
 )
 from biscale_gym.profiles.kernels import idle_power_w
 
@@ -148,6 +148,14 @@ def return_requests(st: State, i: int) -> None:
         return_queue(st, i)
     else:
         return_waiting(st, i)
+
+
+@compiled
+def note_slacks(st: State) -> None:
+    """Begin the lists of the running requests' slacks: somebody wants to see them from now on."""
+    for i in range(st.glob[0].instances):
+        for position in range(st.inst[i].run_n):
+            note_slack(st, i, st.run_heap[i, position] & 0xFFFFFFFF, position)
 
 
 @compiled
@@ -258,10 +266,7 @@ def _answer(st: State, clock: int) -> bool:
     return True
 
 
-_STATE_TYPE = typeof(empty_state(1, 1, 1, 1))
-
-
-@compiled_as(types.int64(_STATE_TYPE, POLICY_TYPE, POLICY_TYPE, types.float64, types.int64))
+@compiled_as(types.int64(STATE_TYPE, POLICY_TYPE, POLICY_TYPE, types.float64, types.int64))
 def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, answer: int) -> int:
     """Run events before ``until_s``, in order.
 
@@ -332,9 +337,40 @@ def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, 
             arrive(st, r)
     if until_s < np.inf:
         g.now_s = max(g.now_s, until_s)
-        accrue_all(st)
         if event_s == np.inf and arrival_s == np.inf:
             return ENDED
         return REACHED
-    accrue_all(st)
     return ENDED
+
+
+@compiled_as(types.int64(HANDLE_TYPE, types.float64, types.int64))
+def advance_at(handle: Any, until_s: float, answer: int) -> int:
+    """``advance`` the simulator that a handle describes (biscale_gym.cluster.handle)."""
+    return int(advance(state_at(handle), prefill_policy_at(handle), decode_policy_at(handle), until_s, answer))
+
+
+@compiled_as(types.int64(HANDLE_TYPE))
+def ask_everyone_at(handle: Any) -> int:
+    """Ask the policies about every instance that serves, in order, whatever it is doing, and carry the answers out.
+
+    Returns -1, or the number of the instance whose policy answered with a clock outside the list: ``glob.bad_answer``.
+    """
+    st = state_at(handle)
+    prefill_policy, decode_policy = prefill_policy_at(handle), decode_policy_at(handle)
+    g = st.glob[0]
+    for i in range(g.instances):
+        inst = st.inst[i]
+        if inst.status != ACTIVE:
+            continue
+        observe(st, i, f.INTERVAL if inst.running else f.IDLE)
+        model = st.predicted[inst.predicted_start : inst.predicted_stop]
+        if inst.phase == PREFILL:
+            clock = prefill_policy(st.obs[PREFILL], st.memory[i], st.params_prefill, model)
+        else:
+            clock = decode_policy(st.obs[DECODE], st.memory[i], st.params_decode, model)
+        if clock < 0 or clock >= g.clocks:
+            g.bad_answer = clock
+            return int(i)
+        g.decisions += 1
+        ask_clock(st, i, clock)
+    return -1

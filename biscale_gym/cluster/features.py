@@ -15,6 +15,8 @@ OVERRUN = 2
 """The running iteration has lasted longer than predicted by more than the overrun margin."""
 IDLE = 3
 """The instance has nothing to run."""
+INTERVAL = 4
+"""An iteration runs; the caller asks everyone at this moment (``Simulator.ask_everyone``)."""
 
 # Entries common to both phases.
 NOW_S = 0
@@ -37,6 +39,12 @@ QUEUE_REQUESTS = 11
 """Prefill: prompts waiting behind the batch. Decode: waiting for memory, in transfer, or waiting for the boundary."""
 QUEUE_TOKENS = 12
 TP = 13
+ROUTED = 40
+"""Requests that were routed to the instance so far."""
+COMPLETED = 41
+"""Requests whose phase was completed by the instance so far: first tokens out, or requests finished."""
+LATE = 42
+"""Those of them that broke the phase's SLO."""
 
 # Decode.
 BATCH = 14
@@ -44,6 +52,14 @@ BATCH_KV_TOKENS = 15
 RECOMPUTE_TOKENS = 16
 RECOMPUTE_SUM_SQ = 17
 ITERATION = 18
+SLACK_LEAST_S = 19
+"""The next five, for a policy that asks for them: accumulated TPOT slack over the requests of the batch, least and
+quantiles. A request's slack is what it may lose and still meet its TPOT if its output ended here: first token + SLO *
+tokens since - now."""
+SLACK_P1_S = 20
+SLACK_P5_S = 21
+SLACK_P25_S = 22
+SLACK_P50_S = 23
 
 # Prefill.
 WORK_LEFT = 14

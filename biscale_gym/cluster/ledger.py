@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from biscale_gym.cluster.state import BUCKETS, FINISHED, PREFILL, REJECTED, State
+from biscale_gym.cluster.state import ACTIVE, BUCKETS, DRAINING, FINISHED, LOADING, PREFILL, REJECTED, State
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -38,6 +38,10 @@ class RequestLedger:
     preemptions: IntArray
     finished: npt.NDArray[np.bool_]
     rejected: npt.NDArray[np.bool_]
+
+    def take(self, chosen: npt.NDArray[np.bool_]) -> RequestLedger:
+        """The chosen requests alone."""
+        return RequestLedger(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -115,18 +119,26 @@ def read_requests(state: State) -> RequestLedger:
 
 
 def read_instances(state: State) -> InstanceLedger:
-    """Copy the instances' ledger out of the engine's state, which must have been booked up to now."""
+    """The instances' ledger up to now. What is not booked yet is added to the copy, so that reading changes nothing."""
     glob = state.glob[0]
-    inst = state.inst[: int(glob["instances"])]
+    now_s = float(glob["now_s"])
+    inst = state.inst[: int(glob["instances"])].copy()
+    present = np.flatnonzero(np.isin(inst["status"], (LOADING, ACTIVE, DRAINING)))
+    elapsed_s = np.maximum(0.0, now_s - inst["last_s"][present])
+    bucket = inst["bucket"][present]
+    inst["energy_j"][present, bucket] += inst["power_w"][present] * elapsed_s
+    inst["time_s"][present, bucket] += elapsed_s
+    free = max(0, int(glob["gpus"] - glob["gpus_allocated"]))
+    unallocated_j = glob["unallocated_j"] + free * glob["unallocated_w_per_gpu"] * (now_s - glob["unallocated_last_s"])
     return InstanceLedger(
-        now_s=float(glob["now_s"]),
+        now_s=now_s,
         is_prefill=inst["phase"] == PREFILL,
-        tp=inst["tp"].copy(),
-        energy_j=inst["energy_j"].copy(),
-        time_s=inst["time_s"].copy(),
-        iterations=inst["iterations"].copy(),
-        prompt_tokens=inst["prompt_tokens"].copy(),
-        output_tokens=inst["output_tokens"].copy(),
-        clock_changes=inst["clock_changes"].copy(),
-        unallocated_j=float(glob["unallocated_j"]),
+        tp=inst["tp"],
+        energy_j=inst["energy_j"],
+        time_s=inst["time_s"],
+        iterations=inst["iterations"],
+        prompt_tokens=inst["prompt_tokens"],
+        output_tokens=inst["output_tokens"],
+        clock_changes=inst["clock_changes"],
+        unallocated_j=float(unallocated_j),
     )

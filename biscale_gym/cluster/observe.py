@@ -66,6 +66,24 @@ def _project_batches(st: State, i: int, obs: Vector) -> None:
 
 
 @inlined
+def _observe_slack(st: State, i: int, obs: Vector) -> None:
+    """Least and quantiles of the running requests' slack: the values of rank floor(share * (n - 1))."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    last = inst.run_n - 1
+    if last < 0:
+        obs[f.SLACK_LEAST_S : f.SLACK_P50_S + 1] = 0.0
+        return
+    saved_s = st.slack_s[i]
+    offset_s = g.tpot_slo_s * inst.iterations - g.now_s
+    obs[f.SLACK_LEAST_S] = saved_s[last] + offset_s
+    obs[f.SLACK_P1_S] = saved_s[last - last // 100] + offset_s
+    obs[f.SLACK_P5_S] = saved_s[last - 5 * last // 100] + offset_s
+    obs[f.SLACK_P25_S] = saved_s[last - 25 * last // 100] + offset_s
+    obs[f.SLACK_P50_S] = saved_s[last - 50 * last // 100] + offset_s
+
+
+@inlined
 def observe(st: State, i: int, reason: int) -> None:
     """Write instance i's features into its phase's row of ``st.obs``."""
     g = st.glob[0]
@@ -82,6 +100,9 @@ def observe(st: State, i: int, reason: int) -> None:
     obs[f.KV_TOKENS] = inst.kv_used
     obs[f.KV_CAPACITY_TOKENS] = inst.kv_capacity
     obs[f.TP] = inst.tp
+    obs[f.ROUTED] = inst.routed
+    obs[f.COMPLETED] = inst.completed
+    obs[f.LATE] = inst.late
     if reason == f.OVERRUN:
         obs[f.LAST_OBSERVED_S] = g.now_s - inst.iter_start_s
         obs[f.LAST_PREDICTED_S] = inst.predicted_done_s + inst.work_left * inst.predicted_full_s
@@ -106,3 +127,5 @@ def observe(st: State, i: int, reason: int) -> None:
         obs[f.RECOMPUTE_TOKENS] = inst.recompute_tokens
         obs[f.RECOMPUTE_SUM_SQ] = inst.recompute_sum_sq
         obs[f.ITERATION] = inst.iterations
+        if g.observe_slack:
+            _observe_slack(st, i, obs)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from biscale_gym.config import nearest
+from pydantic import Field
+
+from biscale_gym.config import Settings, nearest
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -70,6 +72,26 @@ class Placement:
             label = f"{spec.phase[0].upper()} TP{spec.tp}{pipeline}@{spec.clock_mhz}"
             counts[label] = counts.get(label, 0) + 1
         return " + ".join(f"{count}×{label}" for label, count in counts.items())
+
+
+class InstanceGroup(Settings):
+    """``count`` equal instances as files write them; ``clock_mhz`` is a clock, or ``max``."""
+
+    phase: Phase
+    tp: Annotated[int, Field(ge=1)]
+    clock_mhz: int | Literal["max"] = "max"
+    count: Annotated[int, Field(ge=1)] = 1
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    pp: Annotated[int, Field(ge=1)] = 1
+
+
+def written_placement(groups: Sequence[InstanceGroup], top_clock_mhz: int) -> Placement:
+    """The placement that a file writes down; ``max`` becomes ``top_clock_mhz``."""
+    specs: list[InstanceSpec] = []
+    for group in groups:
+        clock = top_clock_mhz if group.clock_mhz == "max" else group.clock_mhz
+        specs += [InstanceSpec(group.phase, group.tp, clock, group.weight, group.pp)] * group.count
+    return Placement(tuple(specs))
 
 
 @dataclass(frozen=True)

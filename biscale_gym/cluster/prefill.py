@@ -36,6 +36,7 @@ def _enqueue(st: State, i: int, r: int) -> None:
     inst.queue_tail = r
     inst.queue_n += 1
     inst.queue_tokens += req.prompt
+    inst.routed += 1
     if not inst.running:
         mark_dirty(st, i)
     elif g.mode_prefill != HOLD and g.ask_on_arrival:
@@ -180,6 +181,8 @@ def end_prefill(st: State, i: int) -> None:
         if r != inst.chunk_request:
             req.first_token_s = g.now_s
             req.generated = 1
+            inst.completed += 1
+            inst.late += np.int64(g.now_s - req.arrival_s > g.ttft_slo_s)
             if g.prefill_only or (req.output == 1 and not g.extra_decode_iteration):
                 inst.kv_used -= req.prompt
                 _finish(st, i, r)

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from biscale_gym._jit import compiled, inlined
-from biscale_gym.cluster.state import ACTIVE, BUSY, DRAINING, IDLE, LOADING, LOADING_WEIGHTS, SWITCHING, State
+from biscale_gym.cluster.state import BUSY, IDLE, LOADING_WEIGHTS, SWITCHING, State
 
 
 @inlined
@@ -84,15 +84,6 @@ def accrue_unallocated(st: State) -> None:
     free = max(0, g.gpus - g.gpus_allocated)
     g.unallocated_j += free * g.unallocated_w_per_gpu * (g.now_s - g.unallocated_last_s)
     g.unallocated_last_s = g.now_s
-
-
-@compiled
-def accrue_all(st: State) -> None:
-    """Book everything up to now, so that the ledger can be read."""
-    for i in range(st.glob[0].instances):
-        if st.inst[i].status in (LOADING, ACTIVE, DRAINING):
-            accrue(st, i)
-    accrue_unallocated(st)
 
 
 @inlined

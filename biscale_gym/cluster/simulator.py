@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from biscale_gym.cluster import engine
+from biscale_gym.cluster import engine, features
 from biscale_gym.cluster.clocks import ask_clock
+from biscale_gym.cluster.handle import Handle, handle_of
 from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger, read_instances, read_requests
 from biscale_gym.cluster.placement import (
     PHASES,
@@ -25,7 +27,6 @@ from biscale_gym.cluster.placement import (
     transition,
 )
 from biscale_gym.cluster.policy import hold
-from biscale_gym.cluster.primitives import accrue_all
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.cluster.state import (
     ACTIVE,
@@ -40,6 +41,7 @@ from biscale_gym.cluster.state import (
     ROUTERS,
     State,
     copy_state,
+    empty_requests,
     empty_state,
     restore_state,
 )
@@ -70,6 +72,7 @@ class PhasePolicy:
         on_arrival: ask when a prompt joins the queue of a running prefill instance.
         on_overrun: ask when an iteration overruns its prediction.
         on_idle: ask when an instance has nothing to run.
+        slack: fill the decode observation's SLACK entries, which cost a little whenever a request joins or leaves.
     """
 
     function: Any = None
@@ -77,6 +80,7 @@ class PhasePolicy:
     on_arrival: bool = False
     on_overrun: bool = False
     on_idle: bool = False
+    slack: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Simulator:
         only: serve a single phase ("prefill": requests are finished at their first token; "decode": they arrive with
             their first token out and their KV at hand).
         log_events: keep so many events for ``events``.
+        switching: how clocks switch, in place of the preset that ``settings`` names.
         capacity: room for so many lanes, those of later placements included (it grows on demand).
 
     Raises:
@@ -146,6 +151,7 @@ class Simulator:
         only: Phase | None = None,
         log_events: int = 0,
         capacity: int = 0,
+        switching: SwitchingSettings | None = None,
     ) -> None:
         self.settings = settings
         self.profile = profile
@@ -157,6 +163,7 @@ class Simulator:
         self._lanes: dict[int, Lane] = {}
         self._model_spans: dict[int, tuple[int, int]] = {}
         self._predicted_spans: dict[int, tuple[int, int]] = {}
+        self._handle: tuple[Handle, State, Any, Any] | None = None
         check_placement(
             placement, profile.tensor_parallel_degrees, settings.nodes, settings.gpus_per_node, self._phases
         )
@@ -165,7 +172,8 @@ class Simulator:
             len(trace), settings.nodes, max(capacity, len(lanes)), settings.batching.max_decode_sequences, log_events
         )
         self._fill_requests(trace)
-        self._fill_globals(slo, seed, only)
+        self._fill_globals(slo, only, switching or load_preset(SwitchingSettings, "switching", settings.switching))
+        self._fill_seeds(seed)
         for lane in lanes:
             self._add_lane(lane)
         self._set_largest()
@@ -178,7 +186,13 @@ class Simulator:
         req = self.state.req
         req["arrival_s"], req["prompt"], req["output"] = trace.arrival_s, trace.prompt_tokens, trace.output_tokens
 
-    def _fill_globals(self, slo: SloSettings, seed: int | np.random.SeedSequence, only: Phase | None) -> None:
+    def _fill_seeds(self, seed: int | np.random.SeedSequence) -> None:
+        if not isinstance(seed, np.random.SeedSequence) and seed < 0:
+            raise ClusterError(f"seed is {seed}, expected a whole number of at least 0")
+        streams = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+        self.state.glob["rng_switching"], self.state.glob["rng_routing"] = streams.generate_state(2, np.uint64)
+
+    def _fill_globals(self, slo: SloSettings, only: Phase | None, switching: SwitchingSettings) -> None:
         settings, glob = self.settings, self.state.glob[0]
         batching, routing = settings.batching, settings.routing
         glob["prefill_token_budget"] = batching.prefill_token_budget
@@ -197,7 +211,6 @@ class Simulator:
         glob["overrun_margin"] = settings.overrun_margin
         glob["prediction_is_exact"] = self._predicted is None
         glob["clocks"] = len(self.clocks_mhz)
-        switching = load_preset(SwitchingSettings, "switching", settings.switching)
         glob["switch_median_s"] = switching.median_ms * 1e-3
         glob["switch_sigma"] = switching.sigma
         glob["settle_s"] = switching.settle_ms * 1e-3
@@ -206,10 +219,6 @@ class Simulator:
         glob["kv_bytes_per_token"] = self.profile.kv_bytes_per_token
         glob["bytes_per_s_within_node"] = transfer.bytes_per_s(1, 1, True)
         glob["bytes_per_s_between_nodes"] = transfer.bytes_per_s(1, 1, False)
-        if not isinstance(seed, np.random.SeedSequence) and seed < 0:
-            raise ClusterError(f"seed is {seed}, expected a whole number of at least 0")
-        streams = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
-        glob["rng_switching"], glob["rng_routing"] = streams.generate_state(2, np.uint64)
         glob["gpus"] = settings.gpus
         glob["unallocated_w_per_gpu"] = lowest_idle_power_w(self.profile)
         self.state.node["free_gpus"] = settings.gpus_per_node
@@ -295,7 +304,7 @@ class Simulator:
             left = 2 * position
             winner = left if new.tree_s[left] <= new.tree_s[left + 1] else left + 1
             new.tree_s[position], new.tree_entity[position] = new.tree_s[winner], new.tree_entity[winner]
-        for name in ("inst", "run_heap", "memory"):
+        for name in ("inst", "run_heap", "slack_s", "memory"):
             getattr(new, name)[:held] = getattr(old, name)
         new.route_heap[:, :held] = old.route_heap
         head = int(old.glob[0]["dirty_next"])
@@ -308,6 +317,7 @@ class Simulator:
             tree_s=new.tree_s,
             tree_entity=new.tree_entity,
             run_heap=new.run_heap,
+            slack_s=new.slack_s,
             route_heap=new.route_heap,
             dirty=new.dirty,
             memory=new.memory,
@@ -322,14 +332,59 @@ class Simulator:
         for phase, name in ((PREFILL, "largest_prefill_kv"), (DECODE, "largest_decode_kv")):
             self.state.glob[0][name] = inst["kv_capacity"][serving & (inst["phase"] == phase)].max(initial=0)
 
+    def anew(self, trace: Trace, seed: int | np.random.SeedSequence) -> Simulator:
+        """What a new simulator of the same cluster, placement and policies would be for another trace and seed.
+
+        Compiled profiles are shared, presets are not read again: a tenth of the time of building one.
+
+        Raises:
+            ClusterError: this one has run already, or the seed is negative.
+        """
+        if self.now_s > 0.0 or self.state.glob[0]["arrived"] > 0:
+            raise ClusterError(f"anew: this simulator has run, to {self.now_s:.6f} s")
+        twin = copy.copy(self)
+        old = self.state._replace(req=empty_requests(len(trace)))
+        twin.state = copy_state(old)._replace(models=old.models, predicted=old.predicted)
+        twin.state.glob["requests"] = len(trace)
+        twin._lanes = dict(self._lanes)
+        twin._model_spans, twin._predicted_spans = dict(self._model_spans), dict(self._predicted_spans)
+        twin._fill_requests(trace)
+        twin._fill_seeds(seed)
+        return twin
+
     # -- driving -------------------------------------------------------------------------------------------------------
 
-    def set_policies(self, prefill: PhasePolicy | None, decode: PhasePolicy | None) -> None:
-        """Who decides clocks from now on; None holds each instance's clock."""
+    def handle(self) -> Handle:
+        """How compiled loops reach this simulator (biscale_gym.cluster.handle).
+
+        Valid until its arrays or policies are replaced (``set_policies``, ``reconfigure``, ``restore``); not a copy.
+
+        Raises:
+            TypeError: a policy is not compiled for ``policy.POLICY_SIGNATURE``.
+        """
+        made_of = (self.state, self._prefill.function, self._decode.function)
+        if self._handle is None or any(old is not new for old, new in zip(self._handle[1:], made_of, strict=True)):
+            self._handle = (handle_of(*made_of), *made_of)
+        return self._handle[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the handle, whose addresses are this object's."""
+        return {**self.__dict__, "_handle": None}
+
+    def set_policies(
+        self, prefill: PhasePolicy | None, decode: PhasePolicy | None, only_when_told: bool = False
+    ) -> None:
+        """Who decides clocks from now on; None holds each instance's clock.
+
+        Args:
+            prefill: the policy of prefill instances.
+            decode: that of decode instances.
+            only_when_told: ask them in ``ask_everyone`` alone, at no decision point of the engine's.
+        """
         glob = self.state.glob[0]
 
         def mode(policy: PhasePolicy | None) -> int:
-            if policy is None:
+            if policy is None or only_when_told:
                 return HOLD
             return EXTERNAL if policy.function is None else COMPILED
 
@@ -341,6 +396,10 @@ class Simulator:
         glob["ask_on_overrun_decode"] = decode is not None and decode.on_overrun
         glob["ask_on_idle_prefill"] = prefill is not None and prefill.on_idle
         glob["ask_on_idle_decode"] = decode is not None and decode.on_idle
+        if decode is not None and decode.slack and not glob["observe_slack"]:
+            engine.note_slacks(self.state)
+        glob["observe_slack"] = decode is not None and decode.slack
+        self.state.obs[DECODE, features.SLACK_LEAST_S : features.SLACK_P50_S + 1] = 0.0
         self.state = self.state._replace(
             params_prefill=np.ascontiguousarray(self._prefill.params, dtype=np.float64),
             params_decode=np.ascontiguousarray(self._decode.params, dtype=np.float64),
@@ -368,7 +427,7 @@ class Simulator:
                 raise ClusterError(f"run: answer {answer!r}, but no decision waits for one at {self.now_s:.6f} s")
             clock = self._checked_clock(answer, self._asked())
         try:
-            reached = engine.advance(self.state, self._prefill.function, self._decode.function, until_s, clock)
+            reached = engine.advance_at(self.handle(), until_s, clock)
         except Exception as error:
             raise PolicyError(f"a clock policy failed at {self.now_s:.6f} s: {error!r}") from error
         if reached == engine.BAD_ANSWER:
@@ -378,6 +437,20 @@ class Simulator:
         number = int(glob["pending_instance"])
         obs = self.state.obs[self.state.inst[number]["phase"]].copy()
         return Decision(number, self._phase_of(number), int(glob["pending_reason"]), obs)
+
+    def ask_everyone(self) -> None:
+        """Ask the policies about every instance that serves, now, whatever it is doing (reason INTERVAL, or IDLE).
+
+        Raises:
+            PolicyError: a policy raised, or answered with a clock that does not exist; earlier answers hold.
+        """
+        try:
+            failed = engine.ask_everyone_at(self.handle())
+        except Exception as error:
+            raise PolicyError(f"a clock policy failed at {self.now_s:.6f} s: {error!r}") from error
+        if failed >= 0:
+            who = f"the {self._phase_of(failed)} policy, for instance {failed} at {self.now_s:.6f} s,"
+            self._checked_clock(int(self.state.glob[0]["bad_answer"]), who)
 
     def _asked(self) -> str:
         """Who was asked for the pending decision, where and when."""
@@ -488,7 +561,6 @@ class Simulator:
 
     def instances(self) -> InstanceLedger:
         """The instances' ledger up to now (a copy)."""
-        accrue_all(self.state)
         return read_instances(self.state)
 
     def counts(self) -> dict[str, int]:

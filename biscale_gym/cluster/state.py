@@ -122,6 +122,7 @@ GLOBAL = np.dtype(
         ("ask_on_overrun_decode", _i),
         ("ask_on_idle_prefill", _i),
         ("ask_on_idle_decode", _i),
+        ("observe_slack", _i),
         ("ttft_slo_s", _f),
         ("tpot_slo_s", _f),
         ("overrun_margin", _f),
@@ -252,6 +253,10 @@ INSTANCE = np.dtype(
         ("prompt_tokens", _i),
         ("output_tokens", _i),
         ("clock_changes", _i),
+        # requests that were routed here, those whose phase is over here, and those of them that broke its SLO
+        ("routed", _i),
+        ("completed", _i),
+        ("late", _i),
         ("active_from_s", _f),
         ("gone_s", _f),
     ],
@@ -311,6 +316,7 @@ class State(NamedTuple):
     dirty: npt.NDArray[np.int32]  # [I] ring of instances to wake, in order
     memory: npt.NDArray[np.float64]  # [I, MEMORY_SIZE] the policies' own
     obs: npt.NDArray[np.float64]  # [2, features.SIZE] of the last decision of each phase
+    slack_s: npt.NDArray[np.float64]  # [I, max sequences] descending, of the running requests, where it is observed
     models: npt.NDArray[np.float64]  # compiled profiles of all classes, one after another
     predicted: npt.NDArray[np.float64]  # the same, as the controllers believe them
     params_prefill: npt.NDArray[np.float64]
@@ -333,6 +339,16 @@ def restore_state(state: State, snapshot: State) -> None:
 def leaves_for(nodes: int, capacity: int) -> int:
     """Leaves of the event tree: a power of two that holds nodes, deliveries and iterations."""
     return 1 << (nodes + 2 * capacity - 1).bit_length()
+
+
+def empty_requests(count: int) -> npt.NDArray[Any]:
+    """REQUEST[count] that nothing has happened to."""
+    blank = np.zeros(1, REQUEST)
+    for name in ("prefill_start_s", "first_token_s", "delivered_s", "finish_s"):
+        blank[name] = np.nan
+    for name in ("next", "prev", "prefill_instance", "decode_instance"):
+        blank[name] = -1
+    return np.repeat(blank, count)
 
 
 def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, log_events: int = 0) -> State:
@@ -363,11 +379,6 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
     inst["end_s"] = inst["overrun_s"] = inst["gone_s"] = np.inf
     node = np.zeros(nodes, NODE)
     node["serving"] = node["queue_head"] = node["queue_tail"] = -1
-    req = np.zeros(requests, REQUEST)
-    for name in ("prefill_start_s", "first_token_s", "delivered_s", "finish_s"):
-        req[name] = np.nan
-    for name in ("next", "prev", "prefill_instance", "decode_instance"):
-        req[name] = -1
     entities = np.minimum(np.arange(2 * leaves, dtype=np.int32), 2 * leaves - 1)
     for position in range(2 * leaves - 1, 0, -1):
         entities[position] = position - leaves if position >= leaves else entities[2 * position]
@@ -375,7 +386,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         glob=glob,
         inst=inst,
         node=node,
-        req=req,
+        req=empty_requests(requests),
         tree_s=np.full(2 * leaves, np.inf),
         tree_entity=entities,
         run_heap=np.zeros((capacity, max_sequences), np.int64),
@@ -383,6 +394,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         dirty=np.zeros(capacity, np.int32),
         memory=np.zeros((capacity, MEMORY_SIZE)),
         obs=np.zeros((2, features.SIZE)),
+        slack_s=np.zeros((capacity, max_sequences)),
         models=np.zeros(1),
         predicted=np.zeros(1),
         params_prefill=np.zeros(1),

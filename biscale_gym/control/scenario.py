@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from biscale_gym.cluster.placement import InstanceGroup
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.config import ConfigError, Settings, load_preset, nearest, validate
 from biscale_gym.metrics import TpotDefinition
@@ -33,6 +34,8 @@ class ScenarioSettings(Settings):
         top_clock_mhz: the card's top clock, where an uncontrolled GPU runs.
         training_s: length of the generated training trace that planners learn from.
         tpot_definition: see ``metrics.tpot_s``.
+        placement: the placement that environments start from, frozen so that making one plans nothing.
+        placement_from: the command that planned it.
         prediction: how controllers come to believe what iterations cost; None: they know the truth.
     """
 
@@ -50,6 +53,8 @@ class ScenarioSettings(Settings):
     top_clock_mhz: int
     training_s: Positive = 1800.0
     tpot_definition: TpotDefinition = "per-decode-token"
+    placement: tuple[InstanceGroup, ...] = ()
+    placement_from: str = ""
     prediction: PredictionSettings | None = None
 
     @model_validator(mode="after")

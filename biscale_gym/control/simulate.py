@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from biscale_gym.cluster.placement import InstanceSpec, Placement
+from biscale_gym.cluster.placement import InstanceGroup, Placement, written_placement
 from biscale_gym.cluster.settings import (
     BatchingSettings,
     ClusterSettings,
@@ -25,24 +25,13 @@ from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, outcome_of
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.control.workload import Requests, within_context
 from biscale_gym.metrics import TpotDefinition
-from biscale_gym.profiles import Profile, load_profile
+from biscale_gym.profiles import load_profile
 from biscale_gym.traces import read_trace
 from biscale_gym.traces.operations import require_duration
 
 HOLD = "hold"
 MAX_CLOCK = "max-clock"
 Count = Annotated[int, Field(ge=1)]
-
-
-class InstanceGroup(Settings):
-    """``count`` equal instances; ``clock_mhz`` is a clock, or ``max``."""
-
-    phase: Literal["prefill", "decode"]
-    tp: Count
-    clock_mhz: int | Literal["max"] = "max"
-    count: Count = 1
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    pp: Count = 1
 
 
 class SimulationSettings(Settings):
@@ -105,14 +94,6 @@ def _cluster(settings: SimulationSettings) -> ClusterSettings:
     return base.model_copy(update=changes)
 
 
-def _placement(groups: tuple[InstanceGroup, ...], profile: Profile) -> Placement:
-    specs = []
-    for group in groups:
-        clock = profile.top_clock_mhz if group.clock_mhz == "max" else group.clock_mhz
-        specs += [InstanceSpec(group.phase, group.tp, clock, group.weight, group.pp)] * group.count
-    return Placement(tuple(specs))
-
-
 def _policies(policy: str) -> Callable[[PlanContext], tuple[PhasePolicy | None, ...]] | None:
     """The clock policies of a controller; None where clocks are held."""
     if policy in (HOLD, MAX_CLOCK):
@@ -139,7 +120,7 @@ def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed:
     settings = validate(SimulationSettings, read_yaml(placement), str(placement))
     cluster = _cluster(settings)
     profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
-    stated = _placement(settings.instances, profile)
+    stated = written_placement(settings.instances, profile.top_clock_mhz)
     top = profile.top_clock_mhz
     if policy == MAX_CLOCK:
         stated = Placement(tuple(replace(spec, clock_mhz=top) for spec in stated.instances))

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from biscale_gym import __version__
+from biscale_gym._version import __version__
 
 _ARITHMETIC = ("cpu", "cpu_features", "numba", "llvmlite", "numpy")
 

@@ -15,7 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import biscale_gym
+from biscale_gym._version import __version__
 from biscale_gym.config import nearest, preset_names, presets_dir
 from biscale_gym.control.controllers import ENTRY_POINTS
 from biscale_gym.control.rollout import RunJob
@@ -38,7 +38,7 @@ def run_id(job: RunJob) -> str:
         },
         "presets": _tree_digest((presets_dir(),), "*.yaml"),
         "code": _code_digest(job.controller),
-        "version": biscale_gym.__version__,
+        "version": __version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -75,7 +75,7 @@ def _scenario_address(name_or_path: str) -> str:
 
 @cache
 def _code_digest(controller: str) -> str:
-    package = Path(biscale_gym.__file__).parent
+    package = Path(__file__).parents[1]
     roots = [package / part for part in _DECIDING]
     installed = [point.module for point in entry_points(group=ENTRY_POINTS) if point.name == controller]
     foreign = installed or [controller.partition(":")[0]]

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-import biscale_gym
 from biscale_gym.cluster.placement import InstanceSpec, Phase
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.metrics import TpotDefinition
@@ -196,7 +195,7 @@ def measure_column(measurement: Measurement, column: Column) -> tuple[InstanceCl
 
 
 def _source_digest() -> str:
-    package = Path(biscale_gym.__file__).parent
+    package = Path(__file__).parents[1]
     here = Path(__file__).parent
     return table_cache.source_digest(
         package / "traces",

@@ -32,13 +32,14 @@ def test_nothing_of_other_decisions_is_left(seed: int) -> None:
     for decision in seen:
         obs = decision.obs
         if decision.phase == "decode":
-            assert not obs[f.ITERATION + 1 :].any()
+            assert not obs[f.ITERATION + 1 : f.ROUTED].any()
         else:
             there = int(obs[f.BATCHES])
             assert (there == 0) == (decision.reason == f.IDLE)
             tokens = obs[f.BATCH_FIRST + f.BATCH_TOKENS : BATCHES_END : f.BATCH_STRIDE]
             assert (tokens[:there] > 0).all()
-            assert not obs[f.BATCH_FIRST + f.BATCH_STRIDE * there :].any()
+            assert not obs[f.BATCH_FIRST + f.BATCH_STRIDE * there : f.ROUTED].any()
+        assert obs[f.ROUTED] >= obs[f.COMPLETED] >= obs[f.LATE] >= 0
 
 
 @pytest.mark.parametrize("seed", range(12))
