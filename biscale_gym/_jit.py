@@ -17,7 +17,7 @@ from numba.core import config as numba_config
 
 from biscale_gym.config import cache_root
 
-_COMPILED_PARTS = ("biscale_gym/profiles", "biscale_gym/cluster", "agents", "baselines")
+_COMPILED_PARTS = ("biscale_gym/profiles", "biscale_gym/cluster", "biscale_gym/envs", "agents", "baselines")
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 _numba_config: Any = numba_config
 _njit: Any = numba.njit
@@ -50,4 +50,12 @@ inlined: Callable[[FunctionT], FunctionT] = _njit(cache=True, _nrt=False, error_
 def compiled_as(signature: Any) -> Callable[[FunctionT], FunctionT]:
     """As ``compiled``, for one signature: a first-class function."""
     decorator: Callable[[FunctionT], FunctionT] = _njit(signature, cache=True, _nrt=False, error_model="numpy")
+    return decorator
+
+
+def parallel_as(signature: Any) -> Callable[[FunctionT], FunctionT]:
+    """As ``compiled_as``, its ``prange`` loops on numba's threads."""
+    decorator: Callable[[FunctionT], FunctionT] = _njit(
+        signature, cache=True, _nrt=False, error_model="numpy", parallel=True
+    )
     return decorator

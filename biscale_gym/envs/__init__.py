@@ -1,0 +1,17 @@
+"""The Gymnasium environments; ``import biscale_gym`` registers them."""
+
+from __future__ import annotations
+
+import gymnasium
+
+_ENVIRONMENTS = {
+    "BiScale/Prefill-v0": ("single:PrefillEnv", "vector:PrefillVectorEnv"),
+    "BiScale/Decode-v0": ("single:DecodeEnv", "vector:DecodeVectorEnv"),
+}
+
+
+def register() -> None:
+    """Make the ids known to Gymnasium; nothing is imported or compiled until one is made."""
+    for name, (single, vector) in _ENVIRONMENTS.items():
+        if name not in gymnasium.registry:
+            gymnasium.register(name, entry_point=f"{__name__}.{single}", vector_entry_point=f"{__name__}.{vector}")

@@ -1,0 +1,385 @@
+"""Lanes of whole clusters: the compiled step of ``BiScale/Cluster-v0``, one control interval of one or many of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import from_dtype, prange, types
+from numpy.typing import NDArray
+
+from biscale_gym._jit import compiled, compiled_as, inlined, parallel_as
+from biscale_gym.cluster.clocks import ask_clock
+from biscale_gym.cluster.engine import BAD_ANSWER, NO_ANSWER, REACHED, advance
+from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
+from biscale_gym.cluster.state import (
+    ACTIVE,
+    DRAINING,
+    FINISHED,
+    LOADING,
+    PREFILL,
+    REJECTED,
+    WAITING_DECODE,
+    State,
+)
+from biscale_gym.envs import cluster_layout as layout
+from biscale_gym.envs.encoding import (
+    ARRIVALS_1S,
+    ARRIVALS_10S,
+    ARRIVALS_60S,
+    COMPLETIONS_10S,
+    MHZ,
+    TOKENS_UNIT,
+    clipped,
+    follow,
+    grid_of,
+    late_share,
+    log_rate,
+    log_requests,
+    log_tokens,
+)
+from biscale_gym.envs.lanes import (
+    COMPLETED,
+    DISCOUNT,
+    DT_S,
+    ENERGY_J,
+    NOW_S,
+    REWARD,
+    TERMS,
+    VIOLATIONS,
+    discounted,
+    energy_now_j,
+)
+from biscale_gym.profiles.kernels import iteration_latency
+
+Row = NDArray[np.float32]
+_f, _i = np.float64, np.int64
+
+CLUSTER_LANE = np.dtype(
+    [
+        ("start_s", _f),
+        ("interval_s", _f),
+        ("steps", _i),
+        ("end_s", _f),
+        ("reference_w", _f),
+        ("violation_penalty", _f),
+        ("discount_per_s", _f),
+        # at the last step
+        ("at_s", _f),
+        ("prefill_j", _f),
+        ("decode_j", _f),
+        ("unallocated_j", _f),
+        ("violations", _i),
+        ("completed", _i),
+        # of the totals, as an instance's memory
+        ("memory", _f, (32,)),
+        # the instance in each slot, -1: none
+        ("slots", _i, (layout.SLOTS,)),
+    ],
+    align=True,
+)
+
+# Columns of the terms after those of lanes.py.
+PREFILL_J = TERMS
+DECODE_J = TERMS + 1
+UNALLOCATED_J = TERMS + 2
+CLUSTER_TERMS = TERMS + 3
+
+_PREFILL_SIZE, _DECODE_SIZE = layout.PREFILL_SIZE, layout.DECODE_SIZE
+_SLOTS, _PER_PHASE = layout.SLOTS, layout.SLOTS_PER_PHASE
+_TOTALS = layout.TOTALS
+_OWN = 15
+
+
+@compiled
+def fill_slots(st: State, lane: Any) -> int:
+    """Give the slots to the instances of the placement in force, in order; returns how many found none."""
+    slots = lane.slots
+    for slot in range(_SLOTS):
+        slots[slot] = -1
+    prefills, decodes, left_out = 0, 0, 0
+    for i in range(st.glob[0].instances):
+        inst = st.inst[i]
+        # 1, 2, 3: waiting for GPUs, loading, active. Who drains keeps its clock.
+        if inst.status < 1 or inst.status > ACTIVE:
+            continue
+        if inst.phase == PREFILL and prefills < _PER_PHASE:
+            slots[prefills] = i
+            prefills += 1
+        elif inst.phase != PREFILL and decodes < _PER_PHASE:
+            slots[_PER_PHASE + decodes] = i
+            decodes += 1
+        else:
+            left_out += 1
+    return left_out
+
+
+@compiled
+def read_energy(st: State, lane: Any, terms: Any) -> None:
+    """Joules since the last reading, by phase, into the terms; the reading becomes the last."""
+    g = st.glob[0]
+    prefill_j, decode_j = 0.0, 0.0
+    for i in range(g.instances):
+        if st.inst[i].status == 0:
+            continue
+        present = st.inst[i].status in (LOADING, ACTIVE, DRAINING)
+        booked_j = energy_now_j(st, i) if present else st.inst[i].energy_j.sum()
+        if st.inst[i].phase == PREFILL:
+            prefill_j += booked_j
+        else:
+            decode_j += booked_j
+    free = max(0, g.gpus - g.gpus_allocated)
+    unallocated_j = g.unallocated_j + free * g.unallocated_w_per_gpu * (g.now_s - g.unallocated_last_s)
+    terms[PREFILL_J] = prefill_j - lane.prefill_j
+    terms[DECODE_J] = decode_j - lane.decode_j
+    terms[UNALLOCATED_J] = unallocated_j - lane.unallocated_j
+    lane.prefill_j, lane.decode_j, lane.unallocated_j = prefill_j, decode_j, unallocated_j
+
+
+@compiled
+def overdue(st: State) -> int:
+    """Requests in flight that can no longer keep the SLO of their present phase."""
+    g = st.glob[0]
+    n = 0
+    for r in range(g.next_arrival):
+        req = st.req[r]
+        if req.status == FINISHED or req.status == REJECTED:
+            continue
+        if req.status < WAITING_DECODE:
+            n += g.now_s - req.arrival_s > g.ttft_slo_s
+        else:
+            n += g.now_s - req.first_token_s > g.tpot_slo_s * np.float64(req.output - 1)
+    return n
+
+
+@inlined
+def _counts(st: State) -> tuple[int, int]:
+    """(requests or phases of requests that broke an SLO or were rejected, requests done) so far."""
+    g = st.glob[0]
+    late = int(g.rejected)
+    for i in range(g.instances):
+        late += st.inst[i].late
+    return late, int(g.finished)
+
+
+@inlined
+def _encode_slot(st: State, i: int, params: Any, out: Row, at: int) -> None:
+    g = st.glob[0]
+    inst = st.inst[i]
+    memory = st.memory[i]
+    follow(memory, g.now_s, inst.routed, inst.completed, inst.late)
+    out[at] = np.float32(1.0)
+    out[at + 1] = np.float32(inst.running)
+    out[at + 2] = clipped(params[1 + inst.clock] / MHZ, 0.0, 1.5)
+    out[at + 3] = clipped(params[1 + inst.target] / MHZ, 0.0, 1.5)
+    out[at + 4] = np.float32(inst.in_service >= 0 or inst.queued != 0)
+    out[at + 5] = clipped(inst.tp / 8.0, 0.0, 1.0)
+    out[at + 6] = clipped(inst.power_w / (700.0 * inst.tp), 0.0, 2.0)
+    out[at + 7] = clipped(inst.kv_used / inst.kv_capacity, 0.0, 1.0)
+    waiting = inst.queue_n + inst.transit_n
+    out[at + 8] = log_requests(waiting)
+    out[at + 9] = log_tokens(inst.queue_tokens + inst.transit_tokens)
+    out[at + 10] = log_rate(memory[ARRIVALS_1S])
+    out[at + 11] = log_rate(memory[ARRIVALS_10S])
+    out[at + 12] = log_rate(memory[COMPLETIONS_10S])
+    out[at + 13] = late_share(memory)
+    slo_s = g.ttft_slo_s if inst.phase == PREFILL else g.tpot_slo_s
+    latency_s = 0.0
+    if inst.running:
+        latency_s = inst.full_duration_s
+        if not g.prediction_is_exact:
+            latency_s = iteration_latency(
+                st.predicted[inst.predicted_start : inst.predicted_stop],
+                inst.clock,
+                inst.iter_batch,
+                inst.iter_kv,
+                inst.iter_tokens,
+                inst.iter_sum_sq,
+            )
+    out[at + 14] = clipped(latency_s / slo_s, 0.0, 4.0)
+    own = at + _OWN
+    if inst.phase == PREFILL:
+        tokens, left, running_slack, waiting_slack = 0.0, 0.0, 1.0, 1.0
+        if inst.running:
+            tokens = inst.iter_tokens
+            left = max(0.0, inst.work_left - (g.now_s - inst.segment_start_s) / inst.full_duration_s)
+            oldest_s = np.inf
+            r = inst.batch_head
+            while r >= 0:
+                oldest_s = min(oldest_s, st.req[r].arrival_s)
+                r = st.req[r].next
+            running_slack = (slo_s - (g.now_s - oldest_s)) / slo_s
+        if inst.queue_head >= 0:
+            waiting_slack = (slo_s - (g.now_s - st.req[inst.queue_head].arrival_s)) / slo_s
+        out[own] = clipped(tokens / TOKENS_UNIT, 0.0, 4.0)
+        out[own + 1] = clipped(left, 0.0, 1.0)
+        out[own + 2] = clipped(running_slack, -4.0, 1.0)
+        out[own + 3] = clipped(waiting_slack, -4.0, 1.0)
+        return
+    last = inst.run_n - 1
+    out[own] = log_requests(inst.run_n)
+    out[own + 1] = clipped(inst.run_kv / max(1, inst.run_n) / TOKENS_UNIT, 0.0, 4.0)
+    for k, percent in enumerate((0, 5, 50)):
+        slack_s = 0.0
+        if last >= 0:
+            slack_s = st.slack_s[i, last - percent * last // 100] + g.tpot_slo_s * inst.iterations - g.now_s
+        out[own + 2 + k] = clipped(slack_s / (10.0 * g.tpot_slo_s), -4.0, 4.0)
+
+
+@compiled
+def encode_cluster(st: State, lane: Any, params: Any, out: Row) -> None:
+    """Write the whole observation (cluster_layout)."""
+    g = st.glob[0]
+    out[:] = np.float32(0.0)
+    power_w = max(0, g.gpus - g.gpus_allocated) * g.unallocated_w_per_gpu
+    for i in range(g.instances):
+        if st.inst[i].status in (LOADING, ACTIVE, DRAINING):
+            power_w += st.inst[i].power_w
+    for slot in range(_SLOTS):
+        i = lane.slots[slot]
+        if i < 0:
+            continue
+        at = slot * _PREFILL_SIZE
+        if slot >= _PER_PHASE:
+            at = _PER_PHASE * _PREFILL_SIZE + (slot - _PER_PHASE) * _DECODE_SIZE
+        _encode_slot(st, i, params, out, at)
+    late, finished = _counts(st)
+    memory = lane.memory
+    follow(memory, g.now_s, g.arrived, finished, late)
+    out[_TOTALS] = clipped(g.ttft_slo_s, 0.0, 8.0)
+    out[_TOTALS + 1] = clipped(g.tpot_slo_s / 0.1, 0.0, 8.0)
+    out[_TOTALS + 2] = clipped(lane.interval_s, 0.0, 8.0)
+    out[_TOTALS + 3] = log_rate(memory[ARRIVALS_1S])
+    out[_TOTALS + 4] = log_rate(memory[ARRIVALS_10S])
+    out[_TOTALS + 5] = log_rate(memory[ARRIVALS_60S])
+    out[_TOTALS + 6] = late_share(memory)
+    out[_TOTALS + 7] = log_requests(g.arrived - g.finished - g.rejected)
+    out[_TOTALS + 8] = clipped(power_w / (700.0 * g.gpus), 0.0, 2.0)
+    out[_TOTALS + 9] = clipped(max(0, g.gpus - g.gpus_allocated) / g.gpus, 0.0, 1.0)
+
+
+@inlined
+def _set_clocks(st: State, lane: Any, params: Any, actions: Any) -> bool:
+    """Ask for the actions' clocks, in the order of the instances; False, and nothing asked, where one is no clock."""
+    grid, n = grid_of(params)
+    for slot in range(_SLOTS):
+        if lane.slots[slot] >= 0 and (actions[slot] < 0 or actions[slot] >= n):
+            return False
+    # Slots of a phase are in order of instances: merge the two.
+    a, b = 0, _PER_PHASE
+    while True:
+        while a < _PER_PHASE and lane.slots[a] < 0:
+            a += 1
+        while b < _SLOTS and lane.slots[b] < 0:
+            b += 1
+        if a == _PER_PHASE and b == _SLOTS:
+            return True
+        if b == _SLOTS or (a < _PER_PHASE and lane.slots[a] < lane.slots[b]):
+            slot = a
+            a += 1
+        else:
+            slot = b
+            b += 1
+        if st.inst[lane.slots[slot]].status == ACTIVE:
+            ask_clock(st, lane.slots[slot], int(params[grid + actions[slot]]))
+
+
+@inlined
+def _tell(st: State, lane: Any, params: Any, over: bool, obs: Any, terms: Any) -> None:
+    g = st.glob[0]
+    read_energy(st, lane, terms)
+    late, finished = _counts(st)
+    if over:
+        late += overdue(st)
+    terms[ENERGY_J] = terms[PREFILL_J] + terms[DECODE_J] + terms[UNALLOCATED_J]
+    terms[VIOLATIONS] = late - lane.violations
+    terms[COMPLETED] = finished - lane.completed
+    terms[DT_S] = g.now_s - lane.at_s
+    terms[NOW_S] = g.now_s
+    spent, discount = discounted(terms[ENERGY_J] / lane.reference_w, lane.discount_per_s, terms[DT_S])
+    terms[REWARD] = -spent - lane.violation_penalty * terms[VIOLATIONS]
+    terms[DISCOUNT] = discount
+    lane.violations, lane.completed, lane.at_s = late, finished, g.now_s
+    encode_cluster(st, lane, params, obs)
+
+
+@compiled
+def _step(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, terms: Any) -> int:
+    st = state_at(handle)
+    if not _set_clocks(st, lane, params, actions):
+        return BAD_ANSWER
+    lane.steps += 1
+    until_s = min(lane.start_s + lane.steps * lane.interval_s, lane.end_s)
+    advance(st, prefill_policy_at(handle), decode_policy_at(handle), until_s, NO_ANSWER)
+    over = until_s >= lane.end_s
+    _tell(st, lane, params, over, obs, terms)
+    return REACHED if over else 0
+
+
+_LANES = types.Array(from_dtype(CLUSTER_LANE), 1, "C")
+_PARAMS = types.float64[::1]
+_ONE = (HANDLE_TYPE, _LANES, _PARAMS, types.int64[::1], types.float32[::1], types.float64[::1])
+_ROWS = (
+    types.int64[:, ::1],
+    _LANES,
+    _PARAMS,
+    types.int64[:, ::1],
+    types.float32[:, ::1],
+    types.float64[:, ::1],
+    types.int64[::1],
+)
+
+
+@compiled_as(types.int64(*_ONE))
+def step_cluster(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, terms: Any) -> int:
+    """Ask for clocks and run one control interval.
+
+    Args:
+        handle: int64[handle.SIZE].
+        lane: CLUSTER_LANE[1].
+        params: float64[any] that begins with ``encoding.encoder_params``.
+        actions: int64[SLOTS], indices into the grid of clocks; those of empty slots are ignored.
+        obs: float32[cluster_layout.SIZE], written.
+        terms: float64[CLUSTER_TERMS], written.
+
+    Returns:
+        0, REACHED (the episode's end), or BAD_ANSWER (nothing has happened).
+    """
+    return int(_step(handle, lane[0], params, actions, obs, terms))
+
+
+@compiled_as(types.int64(HANDLE_TYPE, _LANES, _PARAMS, types.float32[::1], types.float64[::1]))
+def begin_cluster(handle: Any, lane: Any, params: Any, obs: Any, terms: Any) -> int:
+    """Fill the slots and the accounts of a new episode and write its first observation; returns instances without one.
+
+    Args: as of ``step_cluster``.
+    """
+    st = state_at(handle)
+    left_out = fill_slots(st, lane[0])
+    lane[0].at_s = st.glob[0].now_s
+    late, finished = _counts(st)
+    lane[0].violations, lane[0].completed = late, finished
+    read_energy(st, lane[0], terms)
+    _tell(st, lane[0], params, False, obs, terms)
+    return int(left_out)
+
+
+@compiled_as(types.void(*_ROWS))
+def step_clusters(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> None:
+    """``step_cluster`` for every row; ``reached`` int64[N] takes the answers."""
+    for n in range(len(lanes)):
+        reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+
+
+@parallel_as(types.void(*_ROWS))
+def step_clusters_in_parallel(
+    handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any
+) -> None:
+    """``step_clusters`` on numba's threads: the same numbers."""
+    for n in prange(len(lanes)):
+        reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+
+
+assert layout.PREFILL_SIZE == _OWN + 4
+assert layout.DECODE_SIZE == _OWN + 5
+assert layout.TOTALS_SIZE == 10

@@ -1,0 +1,190 @@
+"""Lanes: the compiled step of the environments of one instance, for one of them or for many.
+
+A lane is a simulator of one instance (reached by its handle) and a record of what its environment has told so far. One
+call answers the waiting decision of every lane, runs each to its next decision or to its episode's end, and writes
+observations and reward terms into rows. Lanes share nothing, so their number and order cannot matter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import from_dtype, prange, types
+
+from biscale_gym._jit import compiled, compiled_as, inlined, parallel_as
+from biscale_gym.cluster import features as f
+from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
+from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
+from biscale_gym.cluster.observe import observe
+from biscale_gym.cluster.state import FINISHED, PREFILL, PREFILLING, QUEUED, REJECTED, WAITING_DECODE, State
+from biscale_gym.envs.encoding import encode_decode, encode_prefill, grid_of
+
+_f, _i = np.float64, np.int64
+
+LANE = np.dtype(
+    [
+        ("end_s", _f),
+        # of the reward
+        ("reference_w", _f),
+        ("violation_penalty", _f),
+        ("discount_per_s", _f),
+        # at the last decision
+        ("at_s", _f),
+        ("energy_j", _f),
+        ("violations", _i),
+        ("completed", _i),
+    ],
+    align=True,
+)
+
+# Columns of the terms that a step reports.
+ENERGY_J = 0
+"""Joules of the instance since the last decision, idle included."""
+VIOLATIONS = 1
+"""Requests since then that broke the phase's SLO; at the end also those in flight past their deadline."""
+COMPLETED = 2
+"""Requests since then whose phase was completed."""
+DT_S = 3
+"""Seconds since then."""
+NOW_S = 4
+REWARD = 5
+DISCOUNT = 6
+"""What the reward after this step is worth now: ``discount_per_s ** dt``."""
+TERMS = 7
+
+
+@compiled
+def energy_now_j(st: State, i: int) -> float:
+    """Joules of instance i so far. Reads only, so that looking does not change how joules add up."""
+    inst = st.inst[i]
+    booked = inst.energy_j[0] + inst.energy_j[1] + inst.energy_j[2] + inst.energy_j[3]
+    return float(booked + inst.power_w * max(0.0, st.glob[0].now_s - inst.last_s))
+
+
+@compiled
+def overdue(st: State, i: int) -> int:
+    """Requests of a single-phase cluster that are in flight and can no longer keep the SLO."""
+    g = st.glob[0]
+    n = 0
+    for r in range(g.next_arrival):
+        req = st.req[r]
+        if st.inst[i].phase == PREFILL:
+            if (req.status == QUEUED or req.status == PREFILLING) and g.now_s - req.arrival_s > g.ttft_slo_s:
+                n += 1
+        elif req.status >= WAITING_DECODE and req.status != FINISHED and req.status != REJECTED:
+            n += g.now_s - req.first_token_s > g.tpot_slo_s * np.float64(req.output - 1)
+    return n
+
+
+@inlined
+def discounted(spent: float, discount_per_s: float, dt_s: float) -> tuple[float, float]:
+    """(``spent`` as discounted over the step, if spent evenly; what the next reward is worth now)."""
+    if discount_per_s >= 1.0 or dt_s <= 0.0:
+        return spent, 1.0
+    discount = discount_per_s**dt_s
+    return spent * (1.0 - discount) / (-math.log(discount_per_s) * dt_s), discount
+
+
+@inlined
+def _write(st: State, i: int, lane: Any, more_violations: int, terms: Any) -> None:
+    """Terms since the lane's last decision, and now as the new one."""
+    g = st.glob[0]
+    inst = st.inst[i]
+    energy_j = energy_now_j(st, i)
+    violations = inst.late + g.rejected + more_violations
+    spent_j, broken, dt_s = energy_j - lane.energy_j, violations - lane.violations, g.now_s - lane.at_s
+    spent, discount = discounted(spent_j / lane.reference_w, lane.discount_per_s, dt_s)
+    terms[ENERGY_J] = spent_j
+    terms[VIOLATIONS] = broken
+    terms[COMPLETED] = inst.completed - lane.completed
+    terms[DT_S] = dt_s
+    terms[NOW_S] = g.now_s
+    terms[REWARD] = -spent - lane.violation_penalty * broken
+    terms[DISCOUNT] = discount
+    lane.energy_j = energy_j
+    lane.violations = violations
+    lane.completed = inst.completed
+    lane.at_s = g.now_s
+
+
+@inlined
+def _encode(st: State, i: int, params: Any, out: Any) -> None:
+    inst = st.inst[i]
+    model = st.predicted[inst.predicted_start : inst.predicted_stop]
+    if inst.phase == PREFILL:
+        encode_prefill(st.obs[0], st.memory[i], params, model, out)
+    else:
+        encode_decode(st.obs[1], st.memory[i], params, model, out)
+
+
+@compiled
+def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any) -> int:
+    """Answer a lane's decision, run it on, and tell what came of it."""
+    st = state_at(handle)
+    clock = NO_ANSWER
+    if st.glob[0].pending_instance >= 0:
+        grid, n = grid_of(params)
+        if action < 0 or action >= n:
+            return BAD_ANSWER
+        clock = int(params[grid + action])
+    reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
+    if reached == DECISION:
+        i = st.glob[0].pending_instance
+        _encode(st, i, params, obs)
+        _write(st, i, lane, 0, terms)
+        return DECISION
+    observe(st, 0, f.INTERVAL if st.inst[0].running else f.IDLE)
+    _encode(st, 0, params, obs)
+    _write(st, 0, lane, overdue(st, 0), terms)
+    return REACHED
+
+
+_LANES = types.Array(from_dtype(LANE), 1, "C")
+_PARAMS = types.float64[::1]
+
+
+@compiled_as(types.int64(HANDLE_TYPE, _LANES, _PARAMS, types.int64, types.float32[::1], types.float64[::1]))
+def step_lane(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any) -> int:
+    """Step one lane.
+
+    Args:
+        handle: int64[handle.SIZE].
+        lane: LANE[1].
+        params: float64[any] that begins with ``encoding.encoder_params``.
+        action: index into the grid of clocks; ignored if no decision waits.
+        obs: float32[layout.size], written.
+        terms: float64[TERMS], written.
+
+    Returns:
+        DECISION, REACHED (the episode's end), or BAD_ANSWER (nothing has happened).
+    """
+    return int(_step(handle, lane[0], params, action, obs, terms))
+
+
+_ROWS = (
+    types.int64[:, ::1],
+    _LANES,
+    _PARAMS,
+    types.int64[::1],
+    types.float32[:, ::1],
+    types.float64[:, ::1],
+    types.int64[::1],
+)
+
+
+@compiled_as(types.void(*_ROWS))
+def step_lanes(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> None:
+    """``step_lane`` for every row; ``reached`` int64[N] takes the answers."""
+    for n in range(len(lanes)):
+        reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+
+
+@parallel_as(types.void(*_ROWS))
+def step_lanes_in_parallel(
+    handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any
+) -> None:
+    """``step_lanes`` on numba's threads: the same numbers."""
+    for n in prange(len(lanes)):
+        reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])

@@ -1,0 +1,81 @@
+"""Settings of the environments: what is played, when the agent is asked, what it is rewarded for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from biscale_gym.config import Settings
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+EnvSplit = Literal["train", "validation", "test"]
+DecisionPoint = Literal["boundary", "arrival", "overrun", "idle"]
+
+TRACES = {"train": 64, "validation": 16, "test": 16}
+"""Generated traces of each split, seeds from 0; ``biscale-gym compare --seeds`` plays the test split's in order."""
+
+
+class EpisodeSettings(Settings):
+    """What an episode is drawn from.
+
+    Attributes:
+        split: of the workload; ``reset(options={"split": ...})`` overrules it.
+        trace: recorded trace (path), cut 60/20/20 by time, instead of the scenario's generated workload.
+        rate_rps: another mean rate of the whole cluster.
+        load: each episode keeps a share of the requests, drawn uniformly from this range.
+        episode_s: length of an episode, warm-up excluded; None: the scenario's duration less its warm-up.
+        warmup_s: what is simulated before, clocks held, and not counted; None: the scenario's.
+        randomisation: preset of configs/randomisation: each episode draws its own hardware; None: the nominal one.
+    """
+
+    split: EnvSplit = "train"
+    trace: str | None = None
+    rate_rps: Positive | None = None
+    load: tuple[float, float] = (1.0, 1.0)
+    episode_s: Positive | None = None
+    warmup_s: NonNegative | None = None
+    randomisation: str | None = None
+
+    @model_validator(mode="after")
+    def _load_in_range(self) -> EpisodeSettings:
+        low, high = self.load
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(
+                f"load is {list(self.load)}, expected 0 < low <= high <= 1: it thins; rate_rps raises the rate"
+            )
+        return self
+
+
+class RewardSettings(Settings):
+    """The reward: - joules / (reference power x 1 s) - penalty x violations.
+
+    Attributes:
+        reference_w_per_gpu: the reward of one second of the instances' GPUs at this power is -1.
+        violation_penalty: of a request that breaks its SLO.
+        discount_per_s: joules within a step are discounted at this rate, and ``info["discount"]`` is its power of the
+            step's length, for agents that discount by time; 1: they are not.
+    """
+
+    reference_w_per_gpu: Positive = 700.0
+    violation_penalty: NonNegative = 1.0
+    discount_per_s: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class InstanceEnvSettings(EpisodeSettings, RewardSettings):
+    """Settings of ``BiScale/Prefill-v0`` and ``BiScale/Decode-v0``.
+
+    Attributes:
+        instance: which instance of that phase of the scenario's placement; None: each episode draws one.
+        decision_points: when the agent is asked, beside a batch about to start.
+    """
+
+    instance: Annotated[int, Field(ge=0)] | None = None
+    decision_points: tuple[DecisionPoint, ...] = ("boundary", "idle")
+
+    @model_validator(mode="after")
+    def _asked_at_boundaries(self) -> InstanceEnvSettings:
+        if "boundary" not in self.decision_points:
+            raise ValueError(f"decision_points {list(self.decision_points)} must name 'boundary'")
+        return self

@@ -1,0 +1,190 @@
+"""Native vector environments of one instance per lane: one compiled call steps them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from biscale_gym.cluster import handle
+from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
+from biscale_gym.cluster.ledger import InstanceLedger
+from biscale_gym.cluster.placement import Phase
+from biscale_gym.cluster.simulator import Simulator
+from biscale_gym.envs import lanes
+from biscale_gym.envs.episodes import Episode
+from biscale_gym.envs.errors import EnvironmentUsageError, refused_action
+from biscale_gym.envs.instance import InstanceSetting
+from biscale_gym.envs.single import NO_ACTION, Observation, terms_info
+
+Actions = NDArray[np.int64]
+TERM_COLUMNS = {
+    "energy_j": lanes.ENERGY_J,
+    "violations": lanes.VIOLATIONS,
+    "cost": lanes.VIOLATIONS,
+    "completed": lanes.COMPLETED,
+    "dt_s": lanes.DT_S,
+    "now_s": lanes.NOW_S,
+    "discount": lanes.DISCOUNT,
+}
+LANES_PER_THREAD = 128
+"""Fewer lanes are not worth a thread's start."""
+
+
+class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
+    """``num_envs`` independent environments of one instance; an ended one begins anew within the same step.
+
+    Lane n with seed s is the single environment with seed s: same draws, same numbers, however many lanes there are and
+    on however many threads.
+
+    Args:
+        num_envs: lanes.
+        scenario: preset or path.
+        threads: of the compiled step; None: as many as pay.
+        render_mode: none is offered.
+        settings: as of the single environment.
+
+    Raises:
+        ConfigError: as the single environment.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 - as Gymnasium declares it
+    phase: ClassVar[Phase]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        scenario: str = "paper-67",
+        threads: int | None = None,
+        render_mode: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise EnvironmentUsageError(f"num_envs is {num_envs}, expected at least 1")
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.setting = InstanceSetting(self.phase, scenario, settings)
+        self.single_observation_space = self.setting.observation_space
+        self.single_action_space = self.setting.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._parallel = (min(cores, num_envs // LANES_PER_THREAD) if threads is None else threads) > 1
+        self.episodes: list[Episode | None] = [None] * num_envs
+        self.simulators: list[Simulator | None] = [None] * num_envs
+        self._starts: list[InstanceLedger | None] = [None] * num_envs
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._handles = np.zeros((num_envs, handle.SIZE), np.int64)
+        self._lanes = np.zeros(num_envs, lanes.LANE)
+        self._obs = np.zeros((num_envs, *self.single_observation_space.shape), np.float32)
+        self._terms = np.zeros((num_envs, lanes.TERMS))
+        self._reached = np.zeros(num_envs, np.int64)
+        self._everyone = np.ones(num_envs, np.bool_)
+
+    def _begin(self, lane: int, options: dict[str, Any] | None) -> dict[str, Any]:
+        """A new episode of one lane, to its first decision; returns its info."""
+        generator = self._generators[lane]
+        assert generator is not None
+        episode = self.setting.source.draw(generator, options)
+        simulator = self.setting.simulator(episode)
+        one = slice(lane, lane + 1)
+        self._starts[lane] = self.setting.begin(self._lanes[one], simulator, episode)
+        self._handles[lane] = simulator.handle()
+        self.episodes[lane], self.simulators[lane] = episode, simulator
+        self._reached[lane] = lanes.step_lane(
+            self._handles[lane], self._lanes[one], self.setting.params, NO_ACTION, self._obs[lane], self._terms[lane]
+        )
+        return episode.info
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode in every lane.
+
+        Args:
+            seed: lane n gets ``seed + n``, or the n-th of a sequence; None: generators go on.
+            options: as of the single environment; ``reset_mask`` bool[num_envs] names the lanes to reset.
+
+        Raises:
+            EnvironmentUsageError: seeds or mask of another length.
+            ConfigError, TraceError: an unknown option, or an episode that cannot be.
+        """
+        seeds = [seed + lane if isinstance(seed, int) else None for lane in range(self.num_envs)]
+        if seed is not None and not isinstance(seed, int):
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise EnvironmentUsageError(f"{len(seeds)} seeds for {self.num_envs} lanes")
+        chosen = self._everyone
+        if options is not None and "reset_mask" in options:
+            options = dict(options)
+            chosen = np.asarray(options.pop("reset_mask"), dtype=np.bool_)
+            if chosen.shape != (self.num_envs,):
+                raise EnvironmentUsageError(f"reset_mask has shape {chosen.shape}, expected ({self.num_envs},)")
+        infos: dict[str, Any] = {}
+        for lane in np.flatnonzero(chosen):
+            if seeds[lane] is not None or self._generators[lane] is None:
+                self._generators[lane], _ = seeding.np_random(seeds[lane])
+            info = self._begin(int(lane), options)
+            infos = self._add_info(infos, {**info, **terms_info(self._terms[lane])}, int(lane))
+        return self._obs.copy(), infos
+
+    def step(
+        self, actions: Actions
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Answer every lane's decision.
+
+        Returns:
+            float32[N, size], float64[N], bool[N], bool[N], info of arrays; an ended lane's last observation and info
+            are in ``final_obs`` and ``final_info``.
+
+        Raises:
+            EnvironmentUsageError: before the first reset, or an action is no clock index (that lane has not moved).
+        """
+        if self.simulators[0] is None:
+            raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
+        chosen = np.ascontiguousarray(actions, dtype=np.int64)
+        if chosen.shape != (self.num_envs,):
+            raise EnvironmentUsageError(f"actions have shape {chosen.shape}, expected ({self.num_envs},)")
+        step = lanes.step_lanes_in_parallel if self._parallel else lanes.step_lanes
+        step(self._handles, self._lanes, self.setting.params, chosen, self._obs, self._terms, self._reached)
+        terms, everyone = self._terms.T.copy(), self._everyone
+        rewards = terms[lanes.REWARD]
+        infos: dict[str, Any] = {name: terms[column] for name, column in TERM_COLUMNS.items()}
+        infos.update({f"_{name}": everyone for name in TERM_COLUMNS})
+        truncated = self._reached != DECISION
+        if truncated.any():
+            self._end_episodes(truncated, chosen, infos)
+        return self._obs.copy(), rewards, np.zeros(self.num_envs, np.bool_), truncated, infos
+
+    def _end_episodes(self, truncated: NDArray[np.bool_], actions: Actions, infos: dict[str, Any]) -> None:
+        """Report the lanes that ended, and begin anew there."""
+        refused = np.flatnonzero(self._reached == BAD_ANSWER)
+        if refused.size:
+            raise refused_action(actions[refused[0]], self.setting.scenario.clocks_mhz)
+        for lane in np.flatnonzero(truncated):
+            simulator, episode, start = self.simulators[lane], self.episodes[lane], self._starts[lane]
+            assert simulator is not None
+            assert episode is not None
+            assert start is not None
+            metrics = self.setting.metrics(simulator, episode, start)
+            final = {**terms_info(self._terms[lane]), "episode_metrics": metrics}
+            last = {"final_obs": self._obs[lane].copy(), "final_info": final}
+            self._add_info(infos, {**last, **self._begin(int(lane), None)}, int(lane))
+
+
+class PrefillVectorEnv(InstanceVectorEnv):
+    """``BiScale/Prefill-v0``, many at once."""
+
+    phase = "prefill"
+
+
+class DecodeVectorEnv(InstanceVectorEnv):
+    """``BiScale/Decode-v0``, many at once."""
+
+    phase = "decode"
