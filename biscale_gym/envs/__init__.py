@@ -5,8 +5,9 @@ from __future__ import annotations
 import gymnasium
 
 _ENVIRONMENTS = {
-    "BiScale/Prefill-v0": ("single:PrefillEnv", "vector:PrefillVectorEnv"),
-    "BiScale/Decode-v0": ("single:DecodeEnv", "vector:DecodeVectorEnv"),
+    "BiScale/Prefill-v0": ("instance:PrefillEnv", "instance:PrefillVectorEnv"),
+    "BiScale/Cluster-v0": ("cluster:ClusterEnv", "cluster:ClusterVectorEnv"),
+    "BiScale/Decode-v0": ("instance:DecodeEnv", "instance:DecodeVectorEnv"),
 }
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from biscale_gym._jit import compiled, compiled_as, inlined, parallel_as
 from biscale_gym.cluster.clocks import ask_clock
-from biscale_gym.cluster.engine import BAD_ANSWER, NO_ANSWER, REACHED, advance
+from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
 from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
 from biscale_gym.cluster.state import (
     ACTIVE,
@@ -313,7 +313,7 @@ def _step(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, terms: An
     advance(st, prefill_policy_at(handle), decode_policy_at(handle), until_s, NO_ANSWER)
     over = until_s >= lane.end_s
     _tell(st, lane, params, over, obs, terms)
-    return REACHED if over else 0
+    return REACHED if over else DECISION
 
 
 _LANES = types.Array(from_dtype(CLUSTER_LANE), 1, "C")
@@ -343,7 +343,7 @@ def step_cluster(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, te
         terms: float64[CLUSTER_TERMS], written.
 
     Returns:
-        0, REACHED (the episode's end), or BAD_ANSWER (nothing has happened).
+        DECISION (the next interval's), REACHED (the episode's end), or BAD_ANSWER (nothing has happened).
     """
     return int(_step(handle, lane[0], params, actions, obs, terms))
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 class EnvironmentUsageError(ValueError):
     """A call that the environment cannot serve; the message says what to do instead."""
 
 
 def refused_action(action: Any, clocks_mhz: Sequence[int]) -> EnvironmentUsageError:
-    """The error for an action that is no index of a clock."""
+    """The error for an action (one index, or an array of them) that is no index of a clock."""
     top = len(clocks_mhz) - 1
-    nearest = min(max(int(action), 0), top)
+    indices = np.atleast_1d(np.asarray(action))
+    outside = (indices < 0) | (indices > top)
+    wrong = indices[outside][0] if outside.any() else action
     return EnvironmentUsageError(
-        f"action {action} is no clock index; the nearest is {nearest}; valid: 0 to {top} ({list(clocks_mhz)} MHz)"
+        f"action {wrong} is no clock index; the nearest is {min(max(int(wrong), 0), top)}; "
+        f"valid: 0 to {top} ({list(clocks_mhz)} MHz)"
     )

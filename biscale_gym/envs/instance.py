@@ -1,115 +1,76 @@
-"""What the single and the vector environment of one instance have in common: spaces, episodes, simulators, metrics."""
+"""``BiScale/Prefill-v0`` and ``BiScale/Decode-v0``: one instance, asked for a clock at every decision point."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger
-from biscale_gym.cluster.placement import Phase, Placement, written_placement
-from biscale_gym.cluster.settings import SloSettings
+from biscale_gym.cluster.placement import Phase, Placement
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
-from biscale_gym.config import ConfigError, validate
-from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.config import ConfigError
 from biscale_gym.envs import lanes, layout
-from biscale_gym.envs.encoding import encoder_params
 from biscale_gym.envs.episodes import Episode, EpisodeSource
+from biscale_gym.envs.setting import Setting
 from biscale_gym.envs.settings import InstanceEnvSettings
 from biscale_gym.envs.share import routed_share
-from biscale_gym.metrics import Counted, measure
-from biscale_gym.profiles import Profile, load_profile
+from biscale_gym.envs.single import SingleEnv
+from biscale_gym.envs.vector import NativeVectorEnv
+from biscale_gym.profiles import Profile
 from biscale_gym.traces import Trace
 
-ENV_IDS = {"prefill": "BiScale/Prefill-v0", "decode": "BiScale/Decode-v0"}
+NO_ACTION = 0
+_OF_THE_CLUSTER = ("total_", "unallocated_", "joint_", "goodput", "gpus_used", "mean_power_w")
 
 
-def starting_placement(scenario: ScenarioSettings, name: str, top_clock_mhz: int) -> Placement:
-    """The placement frozen in a scenario.
+class InstanceSetting(Setting):
+    """One instance of a phase, fed with the requests that the scenario's placement routes to it."""
 
-    Raises:
-        ConfigError: it has none.
-    """
-    if not scenario.placement:
-        raise ConfigError(
-            f"scenario {name!r} has no placement for environments to start from; "
-            f"python scripts/freeze_placements.py --scenario {name} plans one and writes it down"
-        )
-    return written_placement(scenario.placement, top_clock_mhz)
+    phase: ClassVar[Phase]
+    settings_type = InstanceEnvSettings
+    lane_dtype = lanes.LANE
+    terms = lanes.TERMS
+    reward_column = lanes.REWARD
+    term_columns: ClassVar[dict[str, int]] = {
+        "energy_j": lanes.ENERGY_J,
+        "violations": lanes.VIOLATIONS,
+        "cost": lanes.VIOLATIONS,
+        "completed": lanes.COMPLETED,
+        "dt_s": lanes.DT_S,
+        "now_s": lanes.NOW_S,
+        "discount": lanes.DISCOUNT,
+    }
 
-
-def decided(requests: RequestLedger, slo: SloSettings, now_s: float) -> RequestLedger:
-    """The requests whose fate is known at an episode's end: done, rejected, or in flight past their deadline."""
-    prefilled = ~np.isnan(requests.first_token_s)
-    late_prefill = ~prefilled & (now_s - requests.arrival_s > slo.ttft_s)
-    budget_s = slo.tpot_s * (requests.output_tokens - 1)
-    late_decode = prefilled & (now_s - np.nan_to_num(requests.first_token_s) > budget_s)
-    return requests.take(requests.finished | requests.rejected | late_prefill | late_decode)
-
-
-class InstanceSetting:
-    """Everything about an environment of one instance but its episodes' state.
-
-    Args:
-        phase: of the instance.
-        scenario: preset or path.
-        settings: values of InstanceEnvSettings, and ``overrides``, scenario settings replaced, dotted.
-
-    Raises:
-        ConfigError: an unknown scenario or setting, a wrong value, or a scenario without a placement.
-    """
-
-    def __init__(self, phase: Phase, scenario: str, settings: dict[str, Any]) -> None:
-        overrides = settings.pop("overrides", None)
-        self.phase: Phase = phase
-        self.scenario_name = scenario
-        self.scenario = load_scenario(scenario, overrides)
-        self.settings = validate(InstanceEnvSettings, settings, f"environment {ENV_IDS[phase]}")
-        if self.scenario.tpot_definition != "per-decode-token":
-            raise ConfigError(
-                f"scenario {scenario!r} judges TPOT {self.scenario.tpot_definition}, environments do per-decode-token"
-            )
-        cluster = self.scenario.cluster
-        self.profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
-        self.placement = starting_placement(self.scenario, scenario, self.profile.top_clock_mhz)
-        specs = self.placement.of(phase)
-        fixed = self.settings.instance
-        if fixed is not None and fixed >= len(specs):
-            raise ConfigError(
-                f"environment {ENV_IDS[phase]}: scenario {scenario!r} has no {phase} instance {fixed}; "
-                f"valid: 0 to {len(specs) - 1}"
-            )
-        self.clocks_mhz = self._run_clocks()
-        self.grid = [self.clocks_mhz.index(clock) for clock in self.scenario.clocks_mhz]
-        self.params = encoder_params(self.clocks_mhz, self.grid)
-        low, high = layout.bounds(phase, len(self.grid))
+    def __init__(self, scenario: str, settings: dict[str, Any]) -> None:
+        super().__init__(scenario, settings)
+        low, high = layout.bounds(self.phase, len(self.grid))
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.action_space = spaces.Discrete(len(self.grid))
         points = self.settings.decision_points
         asked = PhasePolicy(
             on_arrival="arrival" in points, on_overrun="overrun" in points, on_idle="idle" in points, slack=True
         )
-        self.policies = (asked, None) if phase == "prefill" else (None, asked)
-        self.source = EpisodeSource(
-            self.scenario, self.profile, self.settings, self._share, instances=len(specs), fixed_instance=fixed
-        )
-        self._blanks: dict[int, Simulator] = {}
+        self._policies = (asked, None) if self.phase == "prefill" else (None, asked)
 
-    def _run_clocks(self) -> tuple[int, ...]:
-        placed = {spec.clock_mhz for spec in self.placement.instances}
-        return tuple(sorted({*self.scenario.clocks_mhz, self.scenario.top_clock_mhz, *placed}))
+    def _source(self) -> EpisodeSource:
+        count, fixed = len(self.placement.of(self.phase)), self.settings.instance
+        if fixed is not None and fixed >= count:
+            raise ConfigError(
+                f"environment {self.env_id}: scenario {self.scenario_name!r} has no {self.phase} instance {fixed}; "
+                f"valid: 0 to {count - 1}"
+            )
+        return EpisodeSource(self.scenario, self.profile, self.settings, self._fed, count, fixed)
 
-    def _share(self, demand: Trace, instance: int) -> Trace:
+    def _fed(self, demand: Trace, instance: int) -> Trace:
         return routed_share(demand, self.placement, self.phase, instance, self.profile)
 
     def _new_simulator(self, episode: Episode, predicted: Profile | None) -> Simulator:
-        spec = self.placement.of(self.phase)[episode.instance]
         return Simulator(
             self.scenario.cluster,
             episode.profile,
-            Placement((spec,)),
+            Placement((self.placement.of(self.phase)[episode.instance],)),
             episode.requests,
             self.clocks_mhz,
             self.scenario.slo,
@@ -119,48 +80,65 @@ class InstanceSetting:
             switching=episode.switching,
         )
 
-    def simulator(self, episode: Episode) -> Simulator:
-        """A simulator at the end of the episode's warm-up, clocks held until then, nobody asked yet.
+    def _subscribe(self, simulator: Simulator) -> None:
+        simulator.set_policies(*self._policies)
 
-        On drawn hardware, predictions are the nominal hardware's.
-        """
-        if episode.profile is not self.profile:
-            simulator = self._new_simulator(episode, self.profile)
-        else:
-            if episode.instance not in self._blanks:
-                self._blanks[episode.instance] = self._new_simulator(episode, None)
-            simulator = self._blanks[episode.instance].anew(episode.requests, episode.cluster_seed)
-        simulator.set_policies(None, None)
-        if episode.warmup_s > 0.0:
-            simulator.run(episode.warmup_s)
-        simulator.set_policies(*self.policies)
-        return simulator
-
-    def begin(self, lane: NDArray[Any], simulator: Simulator, episode: Episode) -> InstanceLedger:
-        """Set a lane (LANE[1]) to the end of the warm-up; returns the instance's ledger there."""
-        settings, ledger = self.settings, simulator.instances()
+    def _open(self, lane: NDArray[Any], simulator: Simulator) -> None:
         inst = simulator.state.inst[0]
-        lane["end_s"] = episode.end_s
-        lane["reference_w"] = settings.reference_w_per_gpu * int(inst["tp"])
-        lane["violation_penalty"] = settings.violation_penalty
-        lane["discount_per_s"] = settings.discount_per_s
-        lane["at_s"] = simulator.now_s
+        lane["reference_w"] = self.settings.reference_w_per_gpu * int(inst["tp"])
         lane["energy_j"] = lanes.energy_now_j(simulator.state, 0)
         lane["violations"] = inst["late"] + simulator.state.glob[0]["rejected"]
         lane["completed"] = inst["completed"]
-        return ledger
 
-    def metrics(self, simulator: Simulator, episode: Episode, start: InstanceLedger) -> dict[str, float]:
-        """The episode's figures, as ``biscale_gym.metrics.measure`` reads them off the ledger, of this phase alone."""
-        requests = decided(simulator.requests(), self.scenario.slo, simulator.now_s)
-        counted = Counted(episode.warmup_s, episode.end_s, simulator.instances().since(start))
-        overhead_s = self.scenario.cluster.serving_overhead_ms * 1e-3
-        measured = measure(requests, counted, self.scenario.slo, self.scenario.tpot_definition, overhead_s)
-        own = {name: float(value) for name, value in measured.row.items() if not name.startswith(self._not_ours)}
-        return {name: value for name, value in own.items() if np.isfinite(value)}
+    def first(self, handle: Any, lane: Any, obs: Any, terms: Any) -> int:
+        """To the first decision."""
+        return int(lanes.step_lane(handle, lane, self.params, NO_ACTION, obs, terms))
 
-    @property
-    def _not_ours(self) -> tuple[str, ...]:
-        """Figures that say nothing of one instance of this phase."""
-        cluster = ("total_", "unallocated_", "joint_", "goodput", "gpus_used", "mean_power_w")
-        return (*cluster, "decode_", "tpot_") if self.phase == "prefill" else (*cluster, "prefill_", "ttft_")
+    def step(self, handle: Any, lane: Any, action: Any, obs: Any, terms: Any) -> int:
+        """Answer, and on to the next decision."""
+        return int(lanes.step_lane(handle, lane, self.params, int(action), obs, terms))
+
+    def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:
+        """``step`` for every row."""
+        run = lanes.step_lanes_in_parallel if parallel else lanes.step_lanes
+        run(handles, lanes_, self.params, actions, obs, terms, out)
+
+
+class PrefillSetting(InstanceSetting):
+    """A prefill instance."""
+
+    env_id = "BiScale/Prefill-v0"
+    phase = "prefill"
+    left_out = (*_OF_THE_CLUSTER, "decode_", "tpot_")
+
+
+class DecodeSetting(InstanceSetting):
+    """A decode instance; requests reach it a nominal prefill after they arrive."""
+
+    env_id = "BiScale/Decode-v0"
+    phase = "decode"
+    left_out = (*_OF_THE_CLUSTER, "prefill_", "ttft_")
+
+
+class PrefillEnv(SingleEnv):
+    """``BiScale/Prefill-v0``: a step is one prefill batch, or a wait for the next prompt."""
+
+    setting_type = PrefillSetting
+
+
+class DecodeEnv(SingleEnv):
+    """``BiScale/Decode-v0``: a step is one decode iteration, or a wait for the next request."""
+
+    setting_type = DecodeSetting
+
+
+class PrefillVectorEnv(NativeVectorEnv):
+    """``BiScale/Prefill-v0``, many at once."""
+
+    setting_type = PrefillSetting
+
+
+class DecodeVectorEnv(NativeVectorEnv):
+    """``BiScale/Decode-v0``, many at once."""
+
+    setting_type = DecodeSetting

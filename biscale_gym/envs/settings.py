@@ -63,6 +63,16 @@ class RewardSettings(Settings):
     discount_per_s: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class ClusterEnvSettings(EpisodeSettings, RewardSettings):
+    """Settings of ``BiScale/Cluster-v0``.
+
+    Attributes:
+        interval_s: length of a step.
+    """
+
+    interval_s: Positive = 0.1
+
+
 class InstanceEnvSettings(EpisodeSettings, RewardSettings):
     """Settings of ``BiScale/Prefill-v0`` and ``BiScale/Decode-v0``.
 

@@ -1,4 +1,4 @@
-"""Native vector environments of one instance per lane: one compiled call steps them all."""
+"""Many environments at once, of any setting: one compiled call steps them all."""
 
 from __future__ import annotations
 
@@ -15,30 +15,19 @@ from numpy.typing import NDArray
 from biscale_gym.cluster import handle
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
 from biscale_gym.cluster.ledger import InstanceLedger
-from biscale_gym.cluster.placement import Phase
 from biscale_gym.cluster.simulator import Simulator
-from biscale_gym.envs import lanes
 from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError, refused_action
-from biscale_gym.envs.instance import InstanceSetting
-from biscale_gym.envs.single import NO_ACTION, Observation, terms_info
+from biscale_gym.envs.setting import Setting
+from biscale_gym.envs.single import Observation
 
 Actions = NDArray[np.int64]
-TERM_COLUMNS = {
-    "energy_j": lanes.ENERGY_J,
-    "violations": lanes.VIOLATIONS,
-    "cost": lanes.VIOLATIONS,
-    "completed": lanes.COMPLETED,
-    "dt_s": lanes.DT_S,
-    "now_s": lanes.NOW_S,
-    "discount": lanes.DISCOUNT,
-}
 LANES_PER_THREAD = 128
 """Fewer lanes are not worth a thread's start."""
 
 
-class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
-    """``num_envs`` independent environments of one instance; an ended one begins anew within the same step.
+class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
+    """``num_envs`` independent environments; an ended one begins anew within the same step.
 
     Lane n with seed s is the single environment with seed s: same draws, same numbers, however many lanes there are and
     on however many threads.
@@ -55,7 +44,7 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 - as Gymnasium declares it
-    phase: ClassVar[Phase]
+    setting_type: ClassVar[type[Setting]]
 
     def __init__(
         self,
@@ -69,7 +58,7 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
             raise EnvironmentUsageError(f"num_envs is {num_envs}, expected at least 1")
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.setting = InstanceSetting(self.phase, scenario, settings)
+        self.setting = self.setting_type(scenario, settings)
         self.single_observation_space = self.setting.observation_space
         self.single_action_space = self.setting.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -81,9 +70,9 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
         self._starts: list[InstanceLedger | None] = [None] * num_envs
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._handles = np.zeros((num_envs, handle.SIZE), np.int64)
-        self._lanes = np.zeros(num_envs, lanes.LANE)
-        self._obs = np.zeros((num_envs, *self.single_observation_space.shape), np.float32)
-        self._terms = np.zeros((num_envs, lanes.TERMS))
+        self._lanes = np.zeros(num_envs, self.setting.lane_dtype)
+        self._obs = np.zeros((num_envs, *self.setting.observation_shape), np.float32)
+        self._terms = np.zeros((num_envs, self.setting.terms))
         self._reached = np.zeros(num_envs, np.int64)
         self._everyone = np.ones(num_envs, np.bool_)
 
@@ -97,9 +86,7 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
         self._starts[lane] = self.setting.begin(self._lanes[one], simulator, episode)
         self._handles[lane] = simulator.handle()
         self.episodes[lane], self.simulators[lane] = episode, simulator
-        self._reached[lane] = lanes.step_lane(
-            self._handles[lane], self._lanes[one], self.setting.params, NO_ACTION, self._obs[lane], self._terms[lane]
-        )
+        self.setting.first(self._handles[lane], self._lanes[one], self._obs[lane], self._terms[lane])
         return episode.info
 
     def reset(
@@ -131,7 +118,7 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
             if seeds[lane] is not None or self._generators[lane] is None:
                 self._generators[lane], _ = seeding.np_random(seeds[lane])
             info = self._begin(int(lane), options)
-            infos = self._add_info(infos, {**info, **terms_info(self._terms[lane])}, int(lane))
+            infos = self._add_info(infos, {**info, **self.setting.info(self._terms[lane])}, int(lane))
         return self._obs.copy(), infos
 
     def step(
@@ -149,14 +136,13 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
         if self.simulators[0] is None:
             raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
         chosen = np.ascontiguousarray(actions, dtype=np.int64)
-        if chosen.shape != (self.num_envs,):
-            raise EnvironmentUsageError(f"actions have shape {chosen.shape}, expected ({self.num_envs},)")
-        step = lanes.step_lanes_in_parallel if self._parallel else lanes.step_lanes
-        step(self._handles, self._lanes, self.setting.params, chosen, self._obs, self._terms, self._reached)
-        terms, everyone = self._terms.T.copy(), self._everyone
-        rewards = terms[lanes.REWARD]
-        infos: dict[str, Any] = {name: terms[column] for name, column in TERM_COLUMNS.items()}
-        infos.update({f"_{name}": everyone for name in TERM_COLUMNS})
+        if chosen.shape != self.action_space.shape:
+            raise EnvironmentUsageError(f"actions have shape {chosen.shape}, expected {self.action_space.shape}")
+        self.setting.step_all(self._parallel, self._handles, self._lanes, chosen, self._obs, self._terms, self._reached)
+        terms, columns = self._terms.T.copy(), self.setting.term_columns
+        rewards = terms[self.setting.reward_column]
+        infos: dict[str, Any] = {name: terms[column] for name, column in columns.items()}
+        infos.update({f"_{name}": self._everyone.copy() for name in columns})
         truncated = self._reached != DECISION
         if truncated.any():
             self._end_episodes(truncated, chosen, infos)
@@ -173,18 +159,6 @@ class InstanceVectorEnv(VectorEnv[Observation, Actions, Any]):
             assert episode is not None
             assert start is not None
             metrics = self.setting.metrics(simulator, episode, start)
-            final = {**terms_info(self._terms[lane]), "episode_metrics": metrics}
+            final = {**self.setting.info(self._terms[lane]), "episode_metrics": metrics}
             last = {"final_obs": self._obs[lane].copy(), "final_info": final}
             self._add_info(infos, {**last, **self._begin(int(lane), None)}, int(lane))
-
-
-class PrefillVectorEnv(InstanceVectorEnv):
-    """``BiScale/Prefill-v0``, many at once."""
-
-    phase = "prefill"
-
-
-class DecodeVectorEnv(InstanceVectorEnv):
-    """``BiScale/Decode-v0``, many at once."""
-
-    phase = "decode"

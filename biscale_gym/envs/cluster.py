@@ -1,0 +1,106 @@
+"""``BiScale/Cluster-v0``: the whole cluster, a clock for every instance at every control interval."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from biscale_gym.cluster.engine import DECISION
+from biscale_gym.cluster.placement import PHASES
+from biscale_gym.cluster.simulator import PhasePolicy, Simulator
+from biscale_gym.config import ConfigError
+from biscale_gym.envs import cluster_lanes as lanes
+from biscale_gym.envs import cluster_layout as layout
+from biscale_gym.envs.episodes import Episode
+from biscale_gym.envs.instance import InstanceSetting
+from biscale_gym.envs.lanes import REWARD
+from biscale_gym.envs.setting import Setting
+from biscale_gym.envs.settings import ClusterEnvSettings
+from biscale_gym.envs.single import SingleEnv
+from biscale_gym.envs.vector import NativeVectorEnv
+from biscale_gym.profiles import Profile
+
+
+class ClusterSetting(Setting):
+    """A cluster under the scenario's placement; instances take the slots of their phase in order."""
+
+    env_id = "BiScale/Cluster-v0"
+    settings_type = ClusterEnvSettings
+    lane_dtype = lanes.CLUSTER_LANE
+    terms = lanes.CLUSTER_TERMS
+    reward_column = REWARD
+    term_columns: ClassVar[dict[str, int]] = {
+        **InstanceSetting.term_columns,
+        "prefill_energy_j": lanes.PREFILL_J,
+        "decode_energy_j": lanes.DECODE_J,
+        "unallocated_energy_j": lanes.UNALLOCATED_J,
+    }
+
+    def __init__(self, scenario: str, settings: dict[str, Any]) -> None:
+        super().__init__(scenario, settings)
+        for phase in PHASES:
+            count = sum(spec.pp for spec in self.placement.of(phase))
+            if count > layout.SLOTS_PER_PHASE:
+                raise ConfigError(
+                    f"environment {self.env_id}: the placement of scenario {scenario!r} has {count} {phase} instances, "
+                    f"there are slots for {layout.SLOTS_PER_PHASE}"
+                )
+        low, high = layout.bounds()
+        self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.action_space = spaces.MultiDiscrete(np.full(layout.SLOTS, len(self.grid)))
+
+    def _new_simulator(self, episode: Episode, predicted: Profile | None) -> Simulator:
+        return Simulator(
+            self.scenario.cluster,
+            episode.profile,
+            self.placement,
+            episode.requests,
+            self.clocks_mhz,
+            self.scenario.slo,
+            episode.cluster_seed,
+            predicted=predicted,
+            switching=episode.switching,
+        )
+
+    def _subscribe(self, simulator: Simulator) -> None:
+        """Nobody is asked at decision points: the action sets clocks between steps."""
+        simulator.set_policies(None, PhasePolicy(slack=True), only_when_told=True)
+
+    def _open(self, lane: NDArray[Any], simulator: Simulator) -> None:
+        lane["start_s"] = simulator.now_s
+        lane["interval_s"] = self.settings.interval_s
+        lane["steps"] = 0
+        lane["reference_w"] = self.settings.reference_w_per_gpu * self.scenario.cluster.gpus
+        for name in ("prefill_j", "decode_j", "unallocated_j", "violations", "completed"):
+            lane[name] = 0
+        lane["memory"] = 0.0
+
+    def first(self, handle: Any, lane: Any, obs: Any, terms: Any) -> int:
+        """The first observation; no time passes."""
+        lanes.begin_cluster(handle, lane, self.params, obs, terms)
+        return DECISION
+
+    def step(self, handle: Any, lane: Any, action: Any, obs: Any, terms: Any) -> int:
+        """One control interval."""
+        clocks = np.ascontiguousarray(action, dtype=np.int64)
+        return int(lanes.step_cluster(handle, lane, self.params, clocks, obs, terms))
+
+    def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:
+        """``step`` for every row."""
+        run = lanes.step_clusters_in_parallel if parallel else lanes.step_clusters
+        run(handles, lanes_, self.params, actions, obs, terms, out)
+
+
+class ClusterEnv(SingleEnv):
+    """``BiScale/Cluster-v0``: a step is a control interval."""
+
+    setting_type = ClusterSetting
+
+
+class ClusterVectorEnv(NativeVectorEnv):
+    """``BiScale/Cluster-v0``, many at once."""
+
+    setting_type = ClusterSetting
