@@ -3,8 +3,12 @@
 Per phase every TP degree and number of pipeline stages that fits is simulated for its goodput, the greatest mean rate
 within the SLO. The best per GPU is replicated ceil(rate / goodput) times. With high node affinity (fast links between
 nodes) the phases are searched apart from each other; with low affinity both phases' instances share nodes, so that KV
-never leaves one: what is searched and replicated is then a unit of some prefill and some decode instances on the GPUs
+never leaves one: what is simulated and replicated is then a unit of some prefill and some decode instances on the GPUs
 of a node (per pipeline stage).
+
+"Within the SLO" is said of each latency's quantile (``separate``), or of the share of requests that keep both SLOs
+(``joint``). A phase alone cannot tell the latter. Units are simulated whole and can; where the phases are searched
+apart, each gets half of the share that may fail, which is enough whichever requests fail in which phase.
 """
 
 from __future__ import annotations
@@ -12,25 +16,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 
 from baselines.errors import BaselineError
-from biscale_gym.cluster.placement import PHASES, Phase, Placement, PlacementError, layout
+from biscale_gym.cluster.placement import PHASES, InstanceSpec, Phase, Placement, PlacementError, layout
 from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.config import Settings, validate
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.planning.classes import Column, InstanceClass, Measurement, fitting_degrees
-from biscale_gym.planning.relaxation import usable_table
+from biscale_gym.planning.relaxation import usable_table, usable_units
+from biscale_gym.planning.units import Attainment, MeasuredUnit, Unit, simulate_load
 
 
 class DistServeSettings(Settings):
     """Settings of the search; docs/controllers.md says where each is from."""
 
     quantile: float = Field(default=0.99, gt=0.0, lt=1.0)
-    """Of TTFT and TPOT, each on its own, that must be within the SLO; the authors use 0.9."""
+    """Share of the requests that must be within the SLO; the authors use 0.9."""
+    attainment: Attainment = "separate"
+    """``separate``: that share in TTFT and in TPOT, each on its own; ``joint``: in both."""
     headroom: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of the SLO that the quantile may use."""
     node_affinity: Literal["high", "low"] = "high"
@@ -112,42 +120,43 @@ def replicate(table: Sequence[InstanceClass], cluster: ClusterSettings, rate_rps
     return found[2], found[0]
 
 
-def replicate_units(
-    table: Sequence[InstanceClass], cluster: ClusterSettings, rate_rps: float
-) -> tuple[Placement, float]:
-    """The best unit of prefill and decode instances that share nodes, replicated to the rate within the nodes.
+def units_on_nodes(columns: Sequence[Column], cluster: ClusterSettings) -> tuple[Unit, ...]:
+    """Every unit of prefill and decode instances whose stages each fit on one node."""
+    found = []
+    of = {phase: [column for column in columns if column.phase == phase] for phase in PHASES}
+    for prefill, decode in itertools.product(of["prefill"], of["decode"]):
+        if prefill.pp != decode.pp or prefill.pp > cluster.nodes:
+            continue
+        first, second = (InstanceSpec(one.phase, one.tp, one.clocks_mhz[-1], pp=one.pp) for one in (prefill, decode))
+        for prefills in range(1, cluster.gpus_per_node // prefill.tp + 1):
+            for decodes in range(1, (cluster.gpus_per_node - prefills * prefill.tp) // decode.tp + 1):
+                found.append(Unit(first, prefills, second, decodes))
+    return tuple(found)
 
-    A unit has one number of pipeline stages; each stage takes ``a`` prefill and ``b`` decode groups on one node. Its
-    goodput is the lesser of the phases'.
+
+def replicate_units(
+    measured: Sequence[MeasuredUnit], cluster: ClusterSettings, rate_rps: float
+) -> tuple[Placement, float]:
+    """The unit of greatest goodput per GPU, the smaller of equals, as often as the rate needs it and the nodes allow.
 
     Returns:
         The placement, and the share of the rate that it carries, at most 1.
 
     Raises:
-        BaselineError: no unit fits on a node.
+        BaselineError: there is no unit within the SLO.
     """
-    best: tuple[float, int, tuple[tuple[InstanceClass, int], ...], float, int] | None = None
-    rows = {phase: [row for row in table if row.phase == phase and row.rate_rps > 0.0] for phase in PHASES}
-    for prefill, decode in itertools.product(rows["prefill"], rows["decode"]):
-        if prefill.pp != decode.pp or prefill.pp > cluster.nodes:
-            continue
-        for a in range(1, cluster.gpus_per_node // prefill.tp + 1):
-            for b in range(1, (cluster.gpus_per_node - a * prefill.tp) // decode.tp + 1):
-                per_node = a * prefill.tp + b * decode.tp
-                goodput = min(a * prefill.rate_rps, b * decode.rate_rps)
-                value = goodput / (per_node * prefill.pp)
-                if best is None or (value, -per_node) > best[:2]:
-                    room = cluster.nodes // prefill.pp * (cluster.gpus_per_node // per_node)
-                    best = value, -per_node, ((prefill, a), (decode, b)), goodput, room
-    if best is None:
+    usable = [one for one in measured if one.rate_rps > 0.0]
+    if not usable:
         raise BaselineError(
             f"no prefill and decode instance within the SLO share a node of {cluster.gpus_per_node} GPUs; "
             "node_affinity: high places them on different nodes"
         )
-    _, _, unit, goodput, room = best
-    units = min(max(1, math.ceil(rate_rps / goodput)), room)
-    specs = [row.spec(weight=1.0) for row, count in unit for _ in range(count * units)]
-    return Placement(tuple(specs)), min(1.0, units * goodput / rate_rps)
+    # Equal but for rounding is equal.
+    best = max(usable, key=lambda one: (round(one.rate_rps / one.unit.gpus, 9), -one.unit.gpus))
+    room = cluster.nodes // best.unit.pp * (cluster.gpus_per_node // best.unit.gpus_per_node)
+    count = min(max(1, math.ceil(rate_rps / best.rate_rps)), room)
+    specs = best.unit.prefills * count * (best.unit.prefill,) + best.unit.decodes * count * (best.unit.decode,)
+    return Placement(specs), min(1.0, count * best.rate_rps / rate_rps)
 
 
 class DistServe:
@@ -167,6 +176,7 @@ class DistServe:
         self.replans = self.settings.replan
         self.notes: list[str] = []
         self._table: tuple[InstanceClass, ...] | None = None
+        self._units: tuple[MeasuredUnit, ...] | None = None
 
     def columns(self, context: PlanContext) -> tuple[Column, ...]:
         """Every configuration that leaves room for the other phase."""
@@ -184,26 +194,41 @@ class DistServe:
             Column(phase, tp, pp, (context.scenario.top_clock_mhz,)) for phase in PHASES for tp, pp in degrees(phase)
         )
 
+    def measurement(self, context: PlanContext) -> Measurement:
+        """What goodput is measured with."""
+        scenario, settings = context.scenario, self.settings
+        return Measurement(
+            profile=context.profile,
+            cluster=scenario.cluster,
+            slo=scenario.slo,
+            training=context.training,
+            headroom=settings.headroom,
+            quantile=settings.quantile,
+            requests_per_probe=settings.requests_per_probe,
+            warmup_s=settings.warmup_s,
+            rate_tolerance=settings.rate_tolerance,
+            seed=settings.seed,
+            tpot_definition=scenario.tpot_definition,
+        )
+
     def table(self, context: PlanContext) -> tuple[InstanceClass, ...]:
-        """Goodput of every configuration."""
+        """Goodput of every configuration of either phase, for high node affinity."""
         if self._table is None:
-            scenario, settings = context.scenario, self.settings
-            measurement = Measurement(
-                profile=context.profile,
-                cluster=scenario.cluster,
-                slo=scenario.slo,
-                training=context.training,
-                headroom=settings.headroom,
-                quantile=settings.quantile,
-                requests_per_probe=settings.requests_per_probe,
-                warmup_s=settings.warmup_s,
-                rate_tolerance=settings.rate_tolerance,
-                seed=settings.seed,
-                tpot_definition=scenario.tpot_definition,
-            )
+            measurement = self.measurement(context)
+            if self.settings.attainment == "joint":
+                # Whichever requests fail: no more fail one SLO or the other than both shares together.
+                measurement = replace(measurement, quantile=0.5 * (1.0 + self.settings.quantile))
             self._table, notes = usable_table(measurement, self.columns(context))
             self.notes.extend(notes)
         return self._table
+
+    def units(self, context: PlanContext) -> tuple[MeasuredUnit, ...]:
+        """Goodput of every unit, for low node affinity."""
+        if self._units is None:
+            units = units_on_nodes(self.columns(context), context.scenario.cluster)
+            self._units, notes = usable_units(self.measurement(context), units, self.settings.attainment)
+            self.notes.extend(notes)
+        return self._units
 
     def plan(self, context: PlanContext) -> Placement:
         """The replicated configurations.
@@ -212,12 +237,22 @@ class DistServe:
             BaselineError: no configuration meets the SLO, or nothing fits on the cluster.
         """
         rate_rps = context.last_rate_rps if self.replans else context.mean_rate_rps
-        search = replicate if self.settings.node_affinity == "high" else replicate_units
-        placement, share = search(self.table(context), context.scenario.cluster, rate_rps)
+        cluster = context.scenario.cluster
+        if self.settings.node_affinity == "high":
+            placement, share = replicate(self.table(context), cluster, rate_rps)
+        else:
+            placement, share = replicate_units(self.units(context), cluster, rate_rps)
+        window = f"window {len(context.history_rps)}"
         if share < 1.0:
             self.notes.append(
-                f"window {len(context.history_rps)}: the cluster carries {share:.1%} of {rate_rps:.2f} requests/s "
-                f"within the SLO ({placement.describe()})"
+                f"{window}: the cluster carries {share:.1%} of {rate_rps:.2f} requests/s within the SLO "
+                f"({placement.describe()})"
+            )
+        if self.settings.attainment == "joint":
+            outcome = simulate_load(self.measurement(context), placement, cluster.nodes, rate_rps)
+            self.notes.append(
+                f"{window}: {outcome.within_both:.1%} of the training requests keep both SLOs at {rate_rps:.2f} "
+                f"requests/s, {self.settings.quantile:.1%} were asked for"
             )
         return placement
 
@@ -229,7 +264,7 @@ class DistServe:
 class DistServePP(DistServe):
     """DistServe searching pipeline stages too, as its authors do.
 
-    A row of its own: BiScale's classes have no pipeline, and pipelines without bubbles (docs/cluster.md) flatter it.
+    A row of its own, because BiScale's classes have no pipeline.
     """
 
     name = "distserve-pp"

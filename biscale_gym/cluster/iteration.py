@@ -25,7 +25,34 @@ def _cost(model: Vector, clock: int, inst: Any) -> tuple[float, float]:
 @compiled
 def _predicted_full_s(st: State, inst: Any) -> float:
     model = st.predicted[inst.predicted_start : inst.predicted_stop]
-    return iteration_latency(model, inst.clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
+    latency_s = iteration_latency(model, inst.clock, inst.iter_batch, inst.iter_kv, inst.iter_tokens, inst.iter_sum_sq)
+    return float(latency_s + inst.waiting_s)
+
+
+@compiled
+def _waiting_s(st: State, i: int, latency_s: float) -> float:
+    """What a pass through a pipeline that starts now lasts beyond its computing, ``latency_s``.
+
+    It enters when the first stage is free, is handed over from stage to stage, and leaves the last one behind the pass
+    before it. With equal stages this is exactly what following every pass from stage to stage gives (docs/cluster.md).
+    """
+    inst = st.inst[i]
+    pipeline = st.inst[inst.first_lane]
+    now_s = st.glob[0].now_s
+    stage_s = latency_s / inst.pp
+    enter_s = max(now_s, pipeline.stage_free_s)
+    handover_s = inst.handover_s + inst.handover_s_per_token * (inst.iter_batch + inst.iter_tokens)
+    out_s = max(enter_s + latency_s + handover_s, pipeline.pass_out_s + stage_s)
+    pipeline.stage_free_s = enter_s + stage_s
+    pipeline.pass_out_s = out_s
+    return float(out_s - now_s - latency_s)
+
+
+@compiled
+def _with_waiting(model: Vector, inst: Any, latency_s: float, power_w: float) -> tuple[float, float]:
+    """Latency and mean power of a pass through a pipeline: while it waits, a stage's worth of GPUs is idle."""
+    whole_s = latency_s + inst.waiting_s
+    return whole_s, (power_w * latency_s + idle_power_w(model, inst.clock) * inst.waiting_s) / whole_s
 
 
 @inlined
@@ -48,7 +75,11 @@ def begin_iteration(st: State, i: int) -> None:
     """Start the iteration described by the instance's ``iter_*`` fields at the clock in force."""
     g = st.glob[0]
     inst = st.inst[i]
-    latency_s, power_w = _cost(st.models[inst.model_start : inst.model_stop], inst.clock, inst)
+    model = st.models[inst.model_start : inst.model_stop]
+    latency_s, power_w = _cost(model, inst.clock, inst)
+    if inst.pp > 1:
+        inst.waiting_s = _waiting_s(st, i, latency_s)
+        latency_s, power_w = _with_waiting(model, inst, latency_s, power_w)
     inst.running = 1
     set_power(st, i, power_w * inst.tp, False)
     inst.iter_start_s = g.now_s
@@ -77,6 +108,8 @@ def clock_in_force(st: State, i: int, clock: int) -> None:
     inst.predicted_done_s += done * inst.predicted_full_s
     inst.work_left -= done
     latency_s, power_w = _cost(model, clock, inst)
+    if inst.pp > 1:
+        latency_s, power_w = _with_waiting(model, inst, latency_s, power_w)
     set_power(st, i, power_w * inst.tp, False)
     inst.segment_start_s = g.now_s
     inst.full_duration_s = latency_s

@@ -29,7 +29,7 @@ class InstanceSpec:
         clock_mhz: locked SM clock at the start, and while no policy changes it.
         weight: share of requests relative to the phase's other instances; > 0.
         pp: pipeline stages. The engine runs an instance of pp stages as pp lanes of tp GPUs that share its weights'
-            memory: a full pipeline has pp batches under way, each as long as one pass through the model (no bubbles).
+            memory and take turns on its stages: up to pp batches are under way (docs/cluster.md, Pipelines).
     """
 
     phase: Phase
@@ -96,10 +96,19 @@ def written_placement(groups: Sequence[InstanceGroup], top_clock_mhz: int) -> Pl
 
 @dataclass(frozen=True)
 class Lane:
-    """What the engine runs: one TP group of an instance on a node."""
+    """What the engine runs: one TP group of an instance on a node.
+
+    Attributes:
+        spec: the instance.
+        node: where it is.
+        number: of the lane within the instance, 0 to pp - 1; the lanes of an instance follow one another.
+        one_node: whether all lanes of the instance are on the same node.
+    """
 
     spec: InstanceSpec
     node: int
+    number: int = 0
+    one_node: bool = True
 
 
 def check_placement(
@@ -161,19 +170,27 @@ def _lanes_of(specs: Sequence[InstanceSpec]) -> list[InstanceSpec]:
     return [spec for spec in specs for _ in range(spec.pp)]
 
 
+def _placed(specs: Sequence[InstanceSpec], nodes: Sequence[int]) -> list[Lane]:
+    """The instances' lanes on their nodes, both in order."""
+    lanes = []
+    for spec in specs:
+        own, nodes = nodes[: spec.pp], nodes[spec.pp :]
+        lanes += [Lane(spec, node, number, len(set(own)) == 1) for number, node in enumerate(own)]
+    return lanes
+
+
 def layout(placement: Placement, nodes: int, gpus_per_node: int) -> list[Lane]:
     """The placement's lanes on nodes, in the placement's order.
 
     Raises:
         PlacementError: the TP groups do not fit on the nodes.
     """
-    lanes = _lanes_of(placement.instances)
-    chosen = _pack(lanes, [gpus_per_node] * nodes)
+    chosen = _pack(_lanes_of(placement.instances), [gpus_per_node] * nodes)
     if chosen is None:
         raise PlacementError(
             f"the TP groups of {placement.describe()} do not fit on {nodes} nodes of {gpus_per_node} GPUs"
         )
-    return [Lane(spec, node) for spec, node in zip(lanes, chosen, strict=True)]
+    return _placed(placement.instances, chosen)
 
 
 @dataclass(frozen=True)
@@ -192,7 +209,7 @@ class Transition:
 
 
 def transition(running: Sequence[tuple[int, Lane]], placement: Placement, nodes: int, gpus_per_node: int) -> Transition:
-    """Keep as many running lanes as the nodes allow.
+    """Keep as many running instances as the nodes allow, each with all of its lanes or not at all.
 
     Args:
         running: (number, lane) of the lanes that serve now.
@@ -203,32 +220,34 @@ def transition(running: Sequence[tuple[int, Lane]], placement: Placement, nodes:
     Raises:
         PlacementError: the new placement does not fit even on empty nodes.
     """
-    wanted = _lanes_of(placement.instances)
-    keep: dict[int, InstanceSpec] = {}
+    wanted = list(placement.instances)
     places = dict(running)
+    # By the number of an instance's first lane.
+    present = {number: lane.spec for number, lane in running if lane.number == 0}
+    keep: dict[int, InstanceSpec] = {}
     for same_clock in (True, False):
-        for number, lane in running:
-            if number in keep:
+        for first, old in present.items():
+            if first in keep:
                 continue
             for spec in wanted:
-                if spec.kind == lane.spec.kind and (not same_clock or spec.clock_mhz == lane.spec.clock_mhz):
-                    keep[number] = spec
+                if spec.kind == old.kind and (not same_clock or spec.clock_mhz == old.clock_mhz):
+                    keep[first] = spec
                     wanted.remove(spec)
                     break
     while True:
+        kept = {first + lane: spec for first, spec in keep.items() for lane in range(spec.pp)}
         free = [gpus_per_node] * nodes
-        for number in keep:
+        for number in kept:
             free[places[number].node] -= places[number].spec.tp
-        chosen = _pack(wanted, free)
+        chosen = _pack(_lanes_of(wanted), free)
         if chosen is not None:
             break
         if not keep:
             raise PlacementError(
                 f"the TP groups of {placement.describe()} do not fit on {nodes} nodes of {gpus_per_node} GPUs"
             )
-        # Make room where a node is nearly free: give up the smallest lane there.
-        dropped = min(keep, key=lambda number: (-free[places[number].node], places[number].spec.tp, number))
-        wanted.append(keep.pop(dropped))
-    leave = tuple(number for number, _ in running if number not in keep)
-    start = tuple(Lane(spec, node) for spec, node in zip(wanted, chosen, strict=True))
-    return Transition(tuple(sorted(keep.items(), key=lambda item: item[0])), leave, start)
+        # Make room where a node is nearly free: give up the smallest TP group there.
+        dropped = min(kept, key=lambda number: (-free[places[number].node], places[number].spec.tp, number))
+        wanted.append(keep.pop(dropped - places[dropped].number))
+    leave = tuple(number for number, _ in running if number not in kept)
+    return Transition(tuple(sorted(kept.items(), key=lambda item: item[0])), leave, tuple(_placed(wanted, chosen)))

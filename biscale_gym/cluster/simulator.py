@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,9 @@ from biscale_gym.profiles.settings import SwitchingSettings, TransferSettings
 from biscale_gym.traces import Trace
 
 Vector = npt.NDArray[np.float64]
+
+ACTIVATION_BYTES = 2
+"""Of one number that a pipeline stage hands to the next: 16 bits, whatever the weights' precision."""
 
 
 class ClusterError(ValueError):
@@ -157,6 +160,7 @@ class Simulator:
         self.profile = profile
         self.clocks_mhz = tuple(sorted(set(clocks_mhz)))
         self._predicted = predicted
+        self._transfer = load_preset(TransferSettings, "transfer", settings.transfer)
         self._phases: tuple[Phase, ...] = PHASES if only is None else (only,)
         self._prefill = PhasePolicy(function=hold)
         self._decode = PhasePolicy(function=hold)
@@ -214,7 +218,7 @@ class Simulator:
         glob["switch_median_s"] = switching.median_ms * 1e-3
         glob["switch_sigma"] = switching.sigma
         glob["settle_s"] = switching.settle_ms * 1e-3
-        transfer = load_preset(TransferSettings, "transfer", settings.transfer)
+        transfer = self._transfer
         glob["transfer_latency_s"] = transfer.launch_latency_s
         glob["kv_bytes_per_token"] = self.profile.kv_bytes_per_token
         glob["bytes_per_s_within_node"] = transfer.bytes_per_s(1, 1, True)
@@ -276,6 +280,8 @@ class Simulator:
         inst = self.state.inst[number]
         inst["phase"] = PREFILL if spec.phase == "prefill" else DECODE
         inst["tp"], inst["node"] = spec.tp, lane.node
+        inst["pp"], inst["first_lane"] = spec.pp, number - lane.number
+        inst["handover_s"], inst["handover_s_per_token"] = self._handover_s(lane)
         inst["model_start"], inst["model_stop"] = span
         inst["predicted_start"], inst["predicted_stop"] = believed
         inst["kv_capacity"] = capacity_tokens
@@ -289,6 +295,13 @@ class Simulator:
         self.state.glob[0]["instances"] = number + 1
         self._lanes[number] = lane
         return number
+
+    def _handover_s(self, lane: Lane) -> tuple[float, float]:
+        """What the hand-overs between stages take in one pass, and per token of its batch [s]."""
+        spec = lane.spec
+        token_bytes = ACTIVATION_BYTES * self.profile.model.hidden_size
+        per_token_s = token_bytes / self._transfer.bytes_per_s(spec.tp, spec.tp, lane.one_node)
+        return (spec.pp - 1) * self._transfer.stage_latency_s, (spec.pp - 1) * per_token_s
 
     def _grow(self) -> None:
         """Twice the room for lanes; every running timer is carried over."""
@@ -523,7 +536,7 @@ class Simulator:
                 self.state.inst[number]["status"] = AWAITING_GPUS
         self._set_largest()
         for number, spec in change.keep:
-            self._lanes[number] = Lane(spec, self._lanes[number].node)
+            self._lanes[number] = replace(self._lanes[number], spec=spec)
             self.state.inst[number]["weight"] = spec.weight / spec.pp
             self._apply_base_clock(number, self.clock_index(spec.clock_mhz))
         engine.route_common_queues(self.state)

@@ -177,6 +177,14 @@ INSTANCE = np.dtype(
     [
         ("phase", _i),
         ("tp", _i),
+        # pipeline: its stages, the number of its first lane, the hand-overs of one pass
+        ("pp", _i),
+        ("first_lane", _i),
+        ("handover_s", _f),
+        ("handover_s_per_token", _f),
+        # of a first lane: when the first stage is free, and when the last pass leaves the last stage
+        ("stage_free_s", _f),
+        ("pass_out_s", _f),
         ("node", _i),
         ("status", _i),
         ("model_start", _i),
@@ -210,6 +218,7 @@ INSTANCE = np.dtype(
         ("segment_start_s", _f),
         ("work_left", _f),
         ("full_duration_s", _f),
+        ("waiting_s", _f),  # the part of a pass in which no stage computes it
         ("end_s", _f),
         ("predicted_full_s", _f),
         ("predicted_done_s", _f),

@@ -27,12 +27,14 @@ from scipy.optimize import isotonic_regression
 
 from biscale_gym.cluster.placement import InstanceSpec, Phase
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.config import load_preset
 from biscale_gym.metrics import TpotDefinition
 from biscale_gym.planning import table_cache
 from biscale_gym.planning.errors import PlanningError
 from biscale_gym.planning.probe_trace import delayed, probe_trace
 from biscale_gym.planning.probing import ProbeOutcome, greatest_rate, serve_alone
 from biscale_gym.profiles import Profile
+from biscale_gym.profiles.settings import TransferSettings
 from biscale_gym.traces.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -153,6 +155,11 @@ def measure_column(measurement: Measurement, column: Column) -> tuple[InstanceCl
     training = measurement.training
     if column.phase == "decode":
         training = delayed(training, nominal_prefill_s(measurement))
+    limit_s = measurement.limit_s(column.phase)
+
+    def passes(seen: ProbeOutcome) -> bool:
+        return seen.latency_s <= limit_s
+
     # Far too low costs a few quick probes, far too high a few slow ones.
     guess_rps = max(training.rate_rps / 8.0, 0.1)
     rates: list[float] = []
@@ -172,9 +179,7 @@ def measure_column(measurement: Measurement, column: Column) -> tuple[InstanceCl
                 tpot_definition=measurement.tpot_definition,
             )
 
-        rate_rps, outcome = greatest_rate(
-            probe, measurement.limit_s(column.phase), guess_rps, measurement.rate_tolerance
-        )
+        rate_rps, outcome = greatest_rate(probe, passes, guess_rps, measurement.rate_tolerance)
         rates.append(rate_rps)
         joules.append(outcome.joules_per_request if outcome is not None else 0.0)
         if outcome is None:
@@ -194,7 +199,8 @@ def measure_column(measurement: Measurement, column: Column) -> tuple[InstanceCl
     )
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
+    """Digest of the sources that a measurement depends on."""
     package = Path(__file__).parents[1]
     here = Path(__file__).parent
     return table_cache.source_digest(
@@ -202,12 +208,12 @@ def _source_digest() -> str:
         package / "profiles",
         package / "cluster",
         package / "metrics.py",
-        *(here / f"{name}.py" for name in ("classes", "probing", "probe_trace")),
+        *(here / f"{name}.py" for name in ("classes", "probing", "probe_trace", "units")),
     )
 
 
-def column_key(measurement: Measurement, column: Column, sources: str) -> str:
-    """Content hash of everything that a column's rows depend on."""
+def measurement_key(measurement: Measurement, sources: str, what: dict[str, Any]) -> str:
+    """Content hash of everything that figures of ``what`` depend on, the SLO apart."""
     cluster = measurement.cluster
     return table_cache.content_key(
         {
@@ -217,17 +223,26 @@ def column_key(measurement: Measurement, column: Column, sources: str) -> str:
             "routing": cluster.routing.model_dump(mode="json"),
             "gpus_per_node": cluster.gpus_per_node,
             "serving_overhead_ms": cluster.serving_overhead_ms,
+            "transfer": load_preset(TransferSettings, "transfer", cluster.transfer).model_dump(mode="json"),
             "training": measurement.training.hash,
-            "limit_s": measurement.limit_s(column.phase),
             "quantile": measurement.quantile,
             "requests_per_probe": measurement.requests_per_probe,
             "warmup_s": measurement.warmup_s,
             "rate_tolerance": measurement.rate_tolerance,
             "seed": measurement.seed,
             "tpot_definition": measurement.tpot_definition,
-            "column": [column.phase, column.tp, column.pp, *sorted(column.clocks_mhz)],
+            **what,
         }
     )
+
+
+def column_key(measurement: Measurement, column: Column, sources: str) -> str:
+    """Content hash of everything that a column's rows depend on."""
+    what = {
+        "limit_s": measurement.limit_s(column.phase),
+        "column": [column.phase, column.tp, column.pp, *sorted(column.clocks_mhz)],
+    }
+    return measurement_key(measurement, sources, what)
 
 
 def _load_column(key: str) -> tuple[InstanceClass, ...] | None:
@@ -276,7 +291,7 @@ def class_table(
     """
     if not columns:
         raise PlanningError("no class fits: the model needs more memory than any TP degree on one node offers")
-    sources = _source_digest()
+    sources = source_digest()
     keys = [column_key(measurement, column, sources) for column in columns]
     tables = [_load_column(key) for key in keys]
 

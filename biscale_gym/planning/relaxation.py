@@ -12,6 +12,7 @@ from dataclasses import replace
 from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.planning.classes import Column, InstanceClass, Measurement, class_table
 from biscale_gym.planning.errors import PlanningError
+from biscale_gym.planning.units import Attainment, MeasuredUnit, Unit, measured_units
 
 GREATEST_FACTOR = 256.0
 
@@ -52,3 +53,28 @@ def usable_table(
             )
         rows += table
     return tuple(rows), tuple(notes)
+
+
+def usable_units(
+    measurement: Measurement, units: Sequence[Unit], attainment: Attainment
+) -> tuple[tuple[MeasuredUnit, ...], tuple[str, ...]]:
+    """What units carry; both SLOs are doubled until one unit keeps them.
+
+    Returns:
+        The units, and what the record must say of relaxed SLOs.
+
+    Raises:
+        PlanningError: there are no units, or none serves at all.
+    """
+    factor = 1.0
+    measured = measured_units(measurement, units, attainment)
+    while not any(one.rate_rps > 0.0 for one in measured):
+        factor *= 2.0
+        if factor > GREATEST_FACTOR:
+            raise PlanningError(f"no unit serves this workload within {GREATEST_FACTOR:g} times the SLO")
+        relaxed = _relaxed(_relaxed(measurement, "prefill", factor), "decode", factor)
+        measured = measured_units(relaxed, units, attainment)
+    if factor == 1.0:
+        return measured, ()
+    note = f"no unit keeps the SLO at any rate: planned for {factor:g} times it, the least relaxation (by doubling)"
+    return measured, (f"{note} that any unit keeps",)

@@ -254,9 +254,13 @@ class SwitchingSettings(Settings):
 
 
 class TransferSettings(Settings):
-    """KV transfer: latency, and bandwidth per GPU pair between nodes (RDMA) or within one (NVLink); null: unlimited."""
+    """KV transfer: latency, and bandwidth per GPU pair between nodes (RDMA) or within one (NVLink); null: unlimited.
+
+    ``stage_latency_s`` is the latency of handing activations from one pipeline stage to the next, over the same links.
+    """
 
     launch_latency_s: NonNegative
+    stage_latency_s: NonNegative
     rdma_gb_per_s: Positive | None
     nvlink_gb_per_s: Positive | None
 

@@ -87,7 +87,7 @@ class Case:
         return load_profile("h100-sxm5", "llama-3.1-8b", "bf16")
 
 
-def random_case(seed: int, borders: bool = False, only: Phase | None = None) -> Case:
+def random_case(seed: int, borders: bool = False, only: Phase | None = None, pipelines: bool = False) -> Case:
     """Every rule of the engine is drawn: sizes, batching, routing, switching, transfer, policies, loads."""
     rng = np.random.default_rng(seed)
     preempted = bool(rng.random() < 0.5)
@@ -106,7 +106,7 @@ def random_case(seed: int, borders: bool = False, only: Phase | None = None) -> 
         prefill=rng.choice(routers), decode=rng.choice(routers), decode_load=rng.choice(["requests", "waiting"])
     )
     settings = ClusterSettings(
-        nodes=2,
+        nodes=3 if pipelines else 2,
         batching=batching,
         routing=routing,
         switching=str(rng.choice(["nvml", "nvidia-smi", "instant"])),
@@ -123,10 +123,12 @@ def random_case(seed: int, borders: bool = False, only: Phase | None = None) -> 
         rng.integers(1, 60, count),
         f"random-{seed}",
     )
-    placement = _random_placement(rng, only)
+    placement = _random_placement(rng, only, pipelines)
     duration_s = trace.duration_s
     first_s = duration_s * 0.3 + rng.uniform(0.0, 0.3)
-    changes = tuple((float(at_s), _random_placement(rng, only)) for at_s in (first_s, first_s + duration_s * 0.4))
+    changes = tuple(
+        (float(at_s), _random_placement(rng, only, pipelines)) for at_s in (first_s, first_s + duration_s * 0.4)
+    )
     return Case(
         settings=settings,
         placement=placement,
@@ -140,13 +142,15 @@ def random_case(seed: int, borders: bool = False, only: Phase | None = None) -> 
     )
 
 
-def _random_placement(rng: np.random.Generator, only: Phase | None) -> Placement:
+def _random_placement(rng: np.random.Generator, only: Phase | None, pipelines: bool) -> Placement:
     specs = []
     phases: tuple[Phase, ...] = ("prefill", "decode") if only is None else (only,)
     for phase in phases:
         for _ in range(int(rng.integers(1, 3))):
             clock = int(rng.choice(CLOCKS_MHZ))
-            specs.append(InstanceSpec(phase, int(rng.choice([2, 4])), clock, float(rng.choice([1.0, 2.0, 0.7]))))
+            weight = float(rng.choice([1.0, 2.0, 0.7]))
+            tp, pp = (2, int(rng.integers(1, 4))) if pipelines else (int(rng.choice([2, 4])), 1)
+            specs.append(InstanceSpec(phase, tp, clock, weight, pp))
     return Placement(tuple(specs))
 
 
@@ -210,8 +214,16 @@ def run_reference(case: Case, engine: Simulator) -> ref.Result:
             spec.tp,
             CLOCKS_MHZ.index(spec.clock_mhz),
             int(instances[number]["kv_capacity"]),
-            spec.weight,
+            spec.weight / spec.pp,
             node,
+            None
+            if spec.pp == 1
+            else ref.Pipeline(
+                spec.pp,
+                int(instances[number]["first_lane"]),
+                float(instances[number]["handover_s"]) / (spec.pp - 1),
+                float(instances[number]["handover_s_per_token"]) / (spec.pp - 1),
+            ),
         )
 
     lanes = layout(case.placement, settings.nodes, settings.gpus_per_node)
@@ -297,7 +309,7 @@ def _borders(case: Case, spec_of: Any) -> tuple[ref.Border, ...]:
                 frozenset(leave),
                 new,
                 clocks={} if case.policies else {n: CLOCKS_MHZ.index(after[n].spec.clock_mhz) for n in stay},
-                weights={n: after[n].spec.weight for n in stay},
+                weights={n: after[n].spec.weight / after[n].spec.pp for n in stay},
             )
         )
     return tuple(borders)

@@ -63,6 +63,12 @@ def test_random_replacements(first: int) -> None:
         assert_same(random_case(seed, borders=True))
 
 
+@pytest.mark.parametrize("first", range(3000, 3120, 20))
+def test_random_pipelines(first: int) -> None:
+    for seed in range(first, first + 20):
+        assert_same(random_case(seed, borders=seed % 3 == 0, pipelines=True))
+
+
 @pytest.mark.parametrize("seed", [7321, 7830, 8669])
 def test_an_instance_that_waits_for_gpus_starts_at_its_new_clock(seed: int) -> None:
     assert_same(random_case(seed, borders=True))

@@ -80,14 +80,14 @@ def test_greatest_rate_brackets_the_limit(guess_rps):
         asked.append(rate_rps)
         return ProbeOutcome(1.0 / max(10.0 - rate_rps, 1e-9), joules=rate_rps, requests=1)
 
-    rate_rps, outcome = greatest_rate(probe, limit_s=1.0, guess_rps=guess_rps, tolerance=0.02)
+    rate_rps, outcome = greatest_rate(probe, lambda seen: seen.latency_s <= 1.0, guess_rps, tolerance=0.02)
     assert 9.0 / 1.02 <= rate_rps <= 9.0
     assert outcome.joules == rate_rps
     assert len(asked) < 20
 
 
 def test_a_class_that_never_passes_carries_nothing():
-    rate_rps, outcome = greatest_rate(lambda rate_rps: ProbeOutcome(math.inf, 1.0, 1), 1.0, 5.0, 0.02)
+    rate_rps, outcome = greatest_rate(lambda rate_rps: ProbeOutcome(1.0, 1.0, 1), lambda seen: False, 5.0, 0.02)
     assert (rate_rps, outcome) == (0.0, None)
 
 

@@ -20,6 +20,10 @@ CLOCKS = (705, 1005, 1410, 1980)
 LINEAR = {  # model, TP: prefill A, B, C; decode A, B, C below batch 95; from 95 on
     ("opt-13b", 1): ((18.10, 0.10191, 7.122e-6), (19.93, 6.269e-4, 0.03851), (7.166, 5.798e-4, 0.15831)),
     ("opt-13b", 2): ((14.74, 0.06858, 2.450e-6), (13.29, 3.411e-4, 0.06296), (10.64, 3.118e-4, 0.08563)),
+    ("opt-13b", 4): ((12.06, 0.03808, 5.226e-7), (10.26, 1.879e-4, 0.03269), (10.48, 1.712e-4, 0.04567)),
+    ("opt-66b", 2): ((43.06, 0.27423, 2.248e-5), (48.29, 9.424e-4, 0.12755), (28.73, 4.745e-4, 0.29618)),
+    ("opt-66b", 3): ((33.00, 0.19568, 1.221e-5), (35.80, 5.845e-4, 0.09527), (22.65, 5.358e-4, 0.20851)),
+    ("opt-66b", 8): ((25.49, 0.10659, 3.391e-6), (23.16, 2.269e-4, 0.04801), (21.72, 3.758e-4, 0.08979)),
     ("opt-66b", 4): ((29.44, 0.15135, 8.317e-6), (30.76, 4.519e-4, 0.06328), (27.47, 4.047e-4, 0.12481)),
 }
 
@@ -47,9 +51,9 @@ def test_linear_form_is_the_published_formula(model: str, tp: int, max_batch: in
 
 
 def test_linear_form_lists_what_it_knows() -> None:
-    assert load_profile("a100-80g-linear", "opt-13b", "bf16").tensor_parallel_degrees == (1, 2)
-    with pytest.raises(ProfileError, match="valid: 4"):
-        load_profile("a100-80g-linear", "opt-66b", "bf16").compile(2, [1410], 8)
+    assert load_profile("a100-80g-linear", "opt-13b", "bf16").tensor_parallel_degrees == (1, 2, 4)
+    with pytest.raises(ProfileError, match="valid: 2, 3, 4, 8"):
+        load_profile("a100-80g-linear", "opt-66b", "bf16").compile(1, [1410], 8)
     with pytest.raises(ProfileError, match=r"no coefficients for 'llama-3\.1-8b'"):
         load_profile("a100-80g-linear", "llama-3.1-8b", "bf16")
 

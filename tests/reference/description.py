@@ -38,6 +38,20 @@ class InstanceSpec:
     kv_capacity: int
     weight: float = 1.0
     node: int = 0
+    pipeline: Pipeline | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages that this lane shares with the others of its instance, which are numbered from ``first_lane`` on.
+
+    A hand-over to the next stage takes ``handover_s``, and ``handover_s_per_token`` for each token of the batch.
+    """
+
+    stages: int
+    first_lane: int
+    handover_s: float = 0.0
+    handover_s_per_token: float = 0.0
 
 
 @dataclass(frozen=True)

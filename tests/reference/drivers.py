@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from reference.description import Policy
-from reference.parts import ClockRequest, Instance, Node
+from reference.parts import ClockRequest, Instance, Iteration, Node
 from reference.state import State
 
 
@@ -106,10 +106,21 @@ class Drivers(State):
         if iteration is not None:
             share_left = (iteration.ends_s - self.now) / iteration.latency_s
             self.rescale_prediction(instance, share_left)
-            iteration.latency_s, iteration.power_w = self.scenario.cost(
-                instance.tp, clock, iteration.b, iteration.kv, iteration.m, iteration.s2
-            )
+            self.price(instance, iteration)
             iteration.ends_s = self.now + share_left * iteration.latency_s
+
+    def price(self, instance: Instance, iteration: Iteration) -> None:
+        """What the iteration costs at the clock in force; while a pass waits in its pipeline, its GPUs are idle."""
+        load = (iteration.b, iteration.kv, iteration.m, iteration.s2)
+        computing_s, power_w = self.scenario.cost(instance.tp, instance.clock, *load)
+        idle_w = self.scenario.idle_power(instance.tp, instance.clock)
+        iteration.latency_s = computing_s + iteration.waiting_s
+        iteration.power_w = (computing_s * power_w + iteration.waiting_s * idle_w) / iteration.latency_s
+
+    def predict_s(self, policy: Policy, instance: Instance, iteration: Iteration) -> float:
+        """What the iteration is believed to last at the clock in force."""
+        load = (iteration.b, iteration.kv, iteration.m, iteration.s2)
+        return (policy.predict or self.scenario.cost)(instance.tp, instance.clock, *load)[0] + iteration.waiting_s
 
     def rescale_prediction(self, instance: Instance, share_left: float) -> None:
         """What is left of the iteration is now predicted for the new clock."""
@@ -119,8 +130,6 @@ class Drivers(State):
             return
         iteration.predicted_done_s += (iteration.share_left - share_left) * iteration.predicted_s
         iteration.share_left = share_left
-        predict = policy.predict or self.scenario.cost
-        load = (iteration.b, iteration.kv, iteration.m, iteration.s2)
-        iteration.predicted_s = predict(instance.tp, instance.clock, *load)[0]
+        iteration.predicted_s = self.predict_s(policy, instance, iteration)
         total_s = iteration.predicted_done_s + share_left * iteration.predicted_s
         iteration.overrun_s = max(self.now, iteration.started_s + total_s * (1.0 + policy.overrun_margin))

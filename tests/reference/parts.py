@@ -51,6 +51,7 @@ class Iteration:
     m: int
     s2: int
     latency_s: float = 0.0
+    waiting_s: float = 0.0
     power_w: float = 0.0
     ends_s: float = 0.0
     overrun_s: float = math.inf
@@ -71,6 +72,8 @@ class Instance:
         self.node = spec.node
         self.kv_capacity = spec.kv_capacity
         self.weight = spec.weight
+        self.pipeline = spec.pipeline
+        self.stages_free_s = [0.0] * (1 if spec.pipeline is None else spec.pipeline.stages)
         self.passed = 0.0
         self.due_decisions: set[str] = set()
         self.state = "waiting-for-gpus"

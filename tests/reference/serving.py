@@ -308,15 +308,14 @@ class Serving(Drivers):
 
     def start(self, instance: Instance, batch: Iteration) -> None:
         """Ask the policy, then compute the batch at the clock in force."""
-        scenario = self.scenario
-        load = (batch.b, batch.kv, batch.m, batch.s2)
-        self.ask(instance, "boundary", load)
-        batch.latency_s, batch.power_w = scenario.cost(instance.tp, instance.clock, *load)
+        self.ask(instance, "boundary", (batch.b, batch.kv, batch.m, batch.s2))
+        self.enter_pipeline(instance, batch)
+        self.price(instance, batch)
         batch.ends_s = self.now + batch.latency_s
         policy = self.policy_of(instance)
         if policy is not None and policy.overrun_margin is not None:
             batch.started_s = self.now
-            batch.predicted_s = (policy.predict or scenario.cost)(instance.tp, instance.clock, *load)[0]
+            batch.predicted_s = self.predict_s(policy, instance, batch)
             batch.overrun_s = self.now + batch.predicted_s * (1.0 + policy.overrun_margin)
         instance.nothing_asked = True
         instance.iteration = batch
@@ -324,6 +323,21 @@ class Serving(Drivers):
         for request in batch.requests:
             if instance.phase == "prefill" and request.prefilled_tokens == 0:
                 request.prefill_start_s = self.now
+
+    def enter_pipeline(self, instance: Instance, batch: Iteration) -> None:
+        """Follow the pass from stage to stage: each computes one pass at a time, in the order in which they entered."""
+        pipeline = instance.pipeline
+        if pipeline is None:
+            return
+        computing_s = self.scenario.cost(instance.tp, instance.clock, batch.b, batch.kv, batch.m, batch.s2)[0]
+        free_s = self.instances[pipeline.first_lane].stages_free_s
+        here_s = self.now
+        for stage in range(pipeline.stages):
+            if stage > 0:
+                here_s += pipeline.handover_s + pipeline.handover_s_per_token * (batch.b + batch.m)
+            here_s = max(here_s, free_s[stage]) + computing_s / pipeline.stages
+            free_s[stage] = here_s
+        batch.waiting_s = here_s - self.now - computing_s
 
     def end(self, instance: Instance) -> None:
         """The iteration ends."""
