@@ -115,6 +115,7 @@ class EpisodeSource:
         self._share = share
         self._shares: dict[tuple[str, int, int], tuple[Trace, float]] = {}
         self._demands: dict[tuple[str, int], tuple[Trace, float]] = {}
+        self._training: Trace | None = None
 
     @property
     def episode_s(self) -> float:
@@ -122,6 +123,17 @@ class EpisodeSource:
         if self.settings.episode_s is not None:
             return self.settings.episode_s
         return self.scenario.duration_s - self.scenario.warmup_s
+
+    def training(self) -> Trace:
+        """What planners learn from: the training trace of the workload, never an evaluated part."""
+        if self._training is None:
+            settings, scenario = self.settings, self.scenario
+            if settings.trace is not None:
+                part = recorded_requests(scenario, self._profile, Path(settings.trace), "train", 0, settings.rate_rps)
+            else:
+                part = generated_requests(scenario, self._profile, "train", 0, settings.rate_rps)
+            self._training = part.training
+        return self._training
 
     def trace_seeds(self, split: str) -> int:
         """How many traces the split has."""

@@ -107,6 +107,12 @@ class Setting(ABC):
         assert self.observation_space.shape is not None
         return self.observation_space.shape
 
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Shape of one action: () for a single clock."""
+        assert self.action_space.shape is not None
+        return self.action_space.shape
+
     @abstractmethod
     def _new_simulator(self, episode: Episode, predicted: Profile | None) -> Simulator: ...
 

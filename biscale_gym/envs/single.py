@@ -61,6 +61,11 @@ class SingleEnv(gymnasium.Env[Observation, Any]):
             raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
         return self._simulator
 
+    def slots_of(self, lane: int = 0) -> NDArray[np.int64]:
+        """The instance in each slot of a cluster environment: int64[SLOTS], -1: none."""
+        slots: NDArray[np.int64] = self._lane[0]["slots"].copy()
+        return slots
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:

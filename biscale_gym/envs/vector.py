@@ -76,6 +76,11 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
         self._reached = np.zeros(num_envs, np.int64)
         self._everyone = np.ones(num_envs, np.bool_)
 
+    def slots_of(self, lane: int) -> NDArray[np.int64]:
+        """The instance in each slot of a lane of a cluster environment: int64[SLOTS], -1: none."""
+        slots: NDArray[np.int64] = self._lanes[lane]["slots"].copy()
+        return slots
+
     def _begin(self, lane: int, options: dict[str, Any] | None) -> dict[str, Any]:
         """A new episode of one lane, to its first decision; returns its info."""
         generator = self._generators[lane]
