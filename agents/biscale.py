@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from agents import decode_slack, prefill_mpc
 from agents.placement import Tier1
 from agents.settings import BiScaleSettings, DecodeSlackSettings, PrefillMPCSettings, load_settings
 from biscale_gym.cluster.placement import Placement
@@ -19,6 +18,9 @@ def grid_indices(context: PlanContext) -> list[int]:
 
 def prefill_policy(settings: PrefillMPCSettings, context: PlanContext) -> PhasePolicy:
     """The prefill controller for a run's clocks."""
+    # Imported here, as below: compiling the policies takes longer than planning, which needs none of them.
+    from agents import prefill_mpc
+
     return PhasePolicy(
         function=prefill_mpc.FORMS[settings.search],
         params=prefill_mpc.mpc_params(settings, grid_indices(context), context.clocks_mhz),
@@ -30,10 +32,13 @@ def prefill_policy(settings: PrefillMPCSettings, context: PlanContext) -> PhaseP
 
 def decode_policy(settings: DecodeSlackSettings, context: PlanContext) -> PhasePolicy:
     """The decode controller for a run's clocks; it looks at every iteration, so it needs no decision inside one."""
+    from agents import decode_slack
+
     return PhasePolicy(
         function=decode_slack.VARIANTS[settings.variant],
         params=decode_slack.slack_params(settings, grid_indices(context), context.clocks_mhz),
         on_idle=True,
+        slack=settings.variant == "credit",
     )
 
 

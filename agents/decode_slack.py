@@ -1,13 +1,15 @@
 """Tier 2, decode: at every iteration the lowest clock whose predicted duration fits the TPOT SLO.
 
-The predicted time between tokens stands in for TPOT, conservatively: no slack is saved up from quick iterations. Two
-compiled policies:
+Three compiled policies. For the first two the predicted time between tokens stands in for TPOT, conservatively: no
+slack is saved up from quick iterations.
 
 - :func:`paper` scans the clocks upward and takes the first that fits.
 - :func:`floored` never goes below the clock of least energy per token at the present batch (power times duration has
   a minimum inside the clock range), and changes its clock at most once per a number of iterations and a span of time.
+- :func:`credit` lets iterations last longer where the requests of the batch have saved up slack, and asks for shorter
+  ones where they lag behind, under the same limit on changes.
 
-Both go to the top clock where nothing fits, after an iteration that took longer than predicted, and while KV memory is
+All go to the top clock where nothing fits, after an iteration that took longer than predicted, and while KV memory is
 nearly full: slower decoding grows the batch, a full memory makes admission wait, and that wait is in TPOT.
 """
 
@@ -38,7 +40,11 @@ CHANGE_ITERATIONS = SETTINGS + 6
 CHANGE_INTERVAL_S = SETTINGS + 7
 
 SWITCHES_PER_CHANGE = 10
-"""Changes of ``floored`` are at least this many expected switching times apart."""
+"""Changes of ``floored`` and ``credit`` are at least this many expected switching times apart."""
+
+SPENT_OVER_CHANGES = 4
+"""``credit`` spends its slack over so many times the least interval of two changes: 40 iterations by default, about as
+long ago as the youngest quarter of a batch joined where outputs have 200 tokens."""
 
 KV_GUARDED = 0
 """Memory entry: 1 from the KV utilisation's rise above KV_HIGH until its fall below KV_LOW."""
@@ -93,13 +99,12 @@ def _duration_s(obs: Vector, model: Vector, clock: int) -> float:
 
 
 @inlined
-def first_feasible(obs: Vector, memory: Vector, params: Vector, model: Vector, n: int) -> int:
-    """Grid position of the lowest clock whose predicted duration fits, or n.
+def first_feasible(obs: Vector, memory: Vector, params: Vector, model: Vector, n: int, limit_s: float) -> int:
+    """Grid position of the lowest clock whose predicted duration is within ``limit_s``, or n.
 
     With ``MONOTONE`` the last answer is tried first: it stands if it fits and its lower neighbour does not, which
     gives the upward scan's answer for one or two evaluations.
     """
-    limit_s = params[HEADROOM] * obs[features.SLO_S]
     start = 0
     if params[MONOTONE] > 0.0:
         guess = min(int(memory[LAST_POSITION]), n - 1)
@@ -157,7 +162,8 @@ def paper(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     n = grid_size(params, int(obs[features.CLOCK_COUNT]))
     if _must_jump(obs, memory, params):
         return int(grid_clock(params, n - 1))
-    return int(grid_clock(params, min(first_feasible(obs, memory, params, model, n), n - 1)))
+    limit_s = params[HEADROOM] * obs[features.SLO_S]
+    return int(grid_clock(params, min(first_feasible(obs, memory, params, model, n, limit_s), n - 1)))
 
 
 @inlined
@@ -168,6 +174,18 @@ def _note_change(obs: Vector, memory: Vector, clock: int) -> int:
         memory[CHANGED_AT_S] = obs[features.NOW_S]
         memory[CHANGED_AT_ITERATION] = obs[features.ITERATION]
     return clock
+
+
+@inlined
+def _too_soon(obs: Vector, memory: Vector, params: Vector) -> bool:
+    """Whether the last change is fewer iterations or less time ago than two changes must be apart."""
+    return bool(
+        memory[CHANGED] > 0.0
+        and (
+            obs[features.ITERATION] - memory[CHANGED_AT_ITERATION] < params[CHANGE_ITERATIONS]
+            or obs[features.NOW_S] - memory[CHANGED_AT_S] < params[CHANGE_INTERVAL_S]
+        )
+    )
 
 
 @compiled_as(POLICY_SIGNATURE)
@@ -183,19 +201,55 @@ def floored(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     top = grid_clock(params, n - 1)
     if _must_jump(obs, memory, params):
         return int(_note_change(obs, memory, top))
-    target = int(obs[features.TARGET])
-    too_soon = memory[CHANGED] > 0.0 and (
-        obs[features.ITERATION] - memory[CHANGED_AT_ITERATION] < params[CHANGE_ITERATIONS]
-        or obs[features.NOW_S] - memory[CHANGED_AT_S] < params[CHANGE_INTERVAL_S]
-    )
-    if too_soon:
+    if _too_soon(obs, memory, params):
+        target = int(obs[features.TARGET])
         holds = _duration_s(obs, model, target) <= obs[features.SLO_S]
         return target if holds else int(_note_change(obs, memory, top))
-    feasible = first_feasible(obs, memory, params, model, n)
+    feasible = first_feasible(obs, memory, params, model, n, params[HEADROOM] * obs[features.SLO_S])
     if feasible >= n - 1:
         return int(_note_change(obs, memory, top))
     position = max(feasible, _least_energy(obs, params, model, n))
     return int(_note_change(obs, memory, grid_clock(params, position)))
 
 
-VARIANTS: dict[str, Any] = {"paper": paper, "floored": floored}
+@inlined
+def _spendable_s(obs: Vector, params: Vector) -> float:
+    """Accumulated slack that three quarters of the batch have; if negative, what they lack.
+
+    Slower iterations grow the batch, so there is nothing to spend while memory is not plentiful.
+    """
+    slack_s = obs[features.SLACK_P25_S]
+    if slack_s > 0.0 and obs[features.KV_TOKENS] >= params[KV_LOW] * obs[features.KV_CAPACITY_TOKENS]:
+        return 0.0
+    return float(slack_s)
+
+
+@compiled_as(POLICY_SIGNATURE)
+def credit(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
+    """The lowest clock that the batch's accumulated slack can pay for.
+
+    An iteration may last the headroom's share of the SLO plus the slack, spread over the iterations of
+    ``SPENT_OVER_CHANGES`` changes, but at most as much above the SLO as the headroom's share is below it. Requests that
+    joined last are left out of the slack: they have earned nothing yet, and have their waits to make good. Between
+    changes the present clock is kept while the SLO holds, or while an iteration at it leaves slack; past that the top
+    clock is asked for, which no limit delays.
+    """
+    if int(obs[features.REASON]) == features.IDLE:
+        return int(params[IDLE_CLOCK])
+    n = grid_size(params, int(obs[features.CLOCK_COUNT]))
+    top = grid_clock(params, n - 1)
+    if _must_jump(obs, memory, params):
+        return int(_note_change(obs, memory, top))
+    slo_s = obs[features.SLO_S]
+    slack_s = _spendable_s(obs, params)
+    if _too_soon(obs, memory, params):
+        target = int(obs[features.TARGET])
+        holds = _duration_s(obs, model, target) <= slo_s + max(0.0, slack_s)
+        return target if holds else int(_note_change(obs, memory, top))
+    iterations = SPENT_OVER_CHANGES * max(1.0, max(params[CHANGE_ITERATIONS], params[CHANGE_INTERVAL_S] / slo_s))
+    limit_s = min(params[HEADROOM] * slo_s + slack_s / iterations, (2.0 - params[HEADROOM]) * slo_s)
+    position = min(first_feasible(obs, memory, params, model, n, limit_s), n - 1)
+    return int(_note_change(obs, memory, grid_clock(params, position)))
+
+
+VARIANTS: dict[str, Any] = {"paper": paper, "floored": floored, "credit": credit}

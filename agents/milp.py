@@ -1,4 +1,4 @@
-"""How many instances of each class: the integer programme of tier 1, solved by HiGHS.
+"""How many instances of each class: the integer programme of tier 1.
 
     minimise    sum_c n_c * power_c
     subject to  sum_{c: TP_c >= p} n_c * gpus_c / p <= nodes * floor(gpus_per_node / p)      for every TP degree p
@@ -11,6 +11,9 @@ power_c = E_c * R_c are the watts of one instance at its greatest rate.
 With ``unallocated_w`` the objective also counts that power for every GPU left over. A TP group lies on one node; as TP
 degrees are powers of two, the constraints on places of p GPUs are exactly what makes the groups fit on the nodes,
 largest first.
+
+Solved exactly: by HiGHS, or on up to ``FEW_GPUS`` GPUs by :mod:`agents.fronts`, which is faster there. That needs nodes
+that are whole places of every TP degree, so that the number of GPUs is the only limit.
 
 Where no counts carry the demand, the ones that come nearest are taken: the least ratio of capacity to demand over the
 two phases is made as great as possible, and among such counts power is least.
@@ -26,11 +29,15 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from agents.errors import AgentError
+from agents.fronts import FrontProgramme
 
 Vector = NDArray[np.float64]
 
 _RATE_TOLERANCE = 1e-9
 """Relative slack of the demand constraints: a placement is not refused for a rounding error."""
+
+FEW_GPUS = 32
+"""Up to so many, fronts take a fraction of the solver's time. They grow with the GPUs, the solver's work hardly."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,20 @@ def choose_counts(
             raise AgentError(
                 f"no {name} class carries any load within the SLO: relax the SLO, or add TP degrees or clocks"
             )
-    programme = _Programme(
-        phases=np.vstack([prefill, ~prefill]).astype(np.float64),
-        rate=rate,
-        most=np.where(rate > 0.0, np.floor(room.gpus / size), 0.0),
-        places=room.places(np.asarray(tp, dtype=np.float64), size),
-    )
+    phases = np.vstack([prefill, ~prefill])
+    programme: FrontProgramme | SolverProgramme
+    if room.gpus <= FEW_GPUS and room.gpus_per_node % max(tp) == 0:
+        programme = FrontProgramme(phases, size.astype(np.int64), rate, room.gpus)
+    else:
+        programme = SolverProgramme(
+            phases=phases.astype(np.float64),
+            rate=rate,
+            most=np.where(rate > 0.0, np.floor(room.gpus / size), 0.0),
+            places=room.places(np.asarray(tp, dtype=np.float64), size),
+        )
     # A GPU that an instance takes is one less that idles unallocated.
     cost = power - unallocated_w * size
-    counts = programme.cheapest(cost, demand)
+    counts = programme.cheapest(cost, demand * (1.0 - _RATE_TOLERANCE))
     feasible = counts is not None
     if counts is None:
         coverage = programme.greatest_coverage(demand)
@@ -164,8 +176,8 @@ def choose_counts(
 
 
 @dataclass(frozen=True)
-class _Programme:
-    """Constraints of one instance of the problem: phases float64[2, c], rate and most float64[c]."""
+class SolverProgramme:
+    """One instance of the problem, for HiGHS: phases float64[2, c], rate and most float64[c]."""
 
     phases: Vector
     rate: Vector
@@ -180,7 +192,7 @@ class _Programme:
             bounds=Bounds(0.0, self.most),
             constraints=[
                 self.places,
-                LinearConstraint(self.phases * self.rate, lb=demand * (1.0 - _RATE_TOLERANCE)),
+                LinearConstraint(self.phases * self.rate, lb=demand),
                 LinearConstraint(self.phases, lb=1.0),
             ],
             options={"mip_rel_gap": 0.0},

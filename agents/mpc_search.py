@@ -44,6 +44,13 @@ Choice = NDArray[np.int64]
 
 
 @njit(cache=True)
+def _put(choice: Choice, values: Choice) -> None:
+    """Overwrite a choice; assigning the array would compile numba's check of its shape, for seconds."""
+    for j in range(choice.size):
+        choice[j] = values[j]
+
+
+@njit(cache=True)
 def meets_deadlines(latency: Matrix, deadline: Vector, choice: Choice) -> bool:
     """Whether every batch is complete by its deadline."""
     end = 0.0
@@ -289,7 +296,7 @@ def _improve(
         reached = objective(latency, energy, 0.0, MEAN_POWER, choice)
         if reached >= rate * (1.0 - _RATIO_TOLERANCE):
             if reached > rate * (1.0 + _RATIO_TOLERANCE):
-                choice[:] = before
+                _put(choice, before)
             return
 
 
@@ -366,6 +373,6 @@ def dynamic(
         reached = objective(latency, energy, 0.0, MEAN_POWER, choice)
         if reached >= rate * (1.0 - _RATIO_TOLERANCE):
             if reached > rate * (1.0 + _RATIO_TOLERANCE):
-                choice[:] = before
+                _put(choice, before)
             return True
     return True

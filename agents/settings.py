@@ -39,7 +39,7 @@ class PrefillMPCSettings(Settings):
 class DecodeSlackSettings(Settings):
     """Tier 2, decode (:mod:`agents.decode_slack`)."""
 
-    variant: Literal["paper", "floored"] = "paper"
+    variant: Literal["paper", "floored", "credit"] = "paper"
     headroom: float = Field(default=0.95, gt=0.0, le=1.0)
     """Share of the TPOT SLO that one predicted iteration may last."""
     guard_margin: float = Field(default=0.05, ge=0.0)
@@ -51,9 +51,9 @@ class DecodeSlackSettings(Settings):
     idle_clock_mhz: int = Field(default=885, gt=0)
     """Clock of an instance without a batch (the nearest one of the run)."""
     change_every_iterations: int = Field(default=10, ge=0)
-    """``floored``: least number of iterations between two changes."""
+    """``floored``, ``credit``: least number of iterations between two changes."""
     switch_time_s: float = Field(default=0.02, ge=0.0)
-    """``floored``: expected switching time; changes are at least ten of them apart."""
+    """``floored``, ``credit``: expected switching time; changes are at least ten of them apart."""
     latency_falls_with_clock: bool = True
     """The model's latency never rises with the clock, so that the scan may start at the last answer."""
 

@@ -1,18 +1,23 @@
 """How far the prefill controller's searches are from the best assignment of clocks, and how long they take.
 
     python scripts/mpc_gap.py
+    python scripts/mpc_gap.py --json -
 
 Draws random queues of prompts before one prefill instance, packs them into batches as the scheduler does, and solves
 each with every search. The gap is the relative excess of an assignment's energy over that of ``exact``, both
 counted over the same window: from now to the end of the projected batches at the lowest clock, idle energy included.
+``--json FILE`` also writes means over all queues; ``-`` prints them, and the tables to standard error.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -33,6 +38,9 @@ Matrix = NDArray[np.float64]
 FORMS = {"greedy": search.GREEDY, "dp": search.DYNAMIC, "exact": search.EXACT}
 COLUMNS = ("search", "mean gap %", "P99 gap %", "worst gap %", "best found %", "missed", "P50 µs", "P99 µs", "worst µs")
 REPEATS = 20
+
+Results = dict[str, tuple[Matrix, Matrix, int]]
+"""Per search: relative gaps, microseconds, queues missed."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def window_j(queue: Queue, idle_w: float, choice: NDArray[np.int64]) -> float:
     return float(busy_j + idle_w * (queue.latency_s[:, 0].sum() - busy_s))
 
 
-def gaps_and_times(queues: Sequence[Queue], idle_w: float) -> dict[str, tuple[Matrix, Matrix, int]]:
+def gaps_and_times(queues: Sequence[Queue], idle_w: float) -> Results:
     """Per search: relative gaps where ``exact`` finds an assignment, microseconds of all, and how many it missed."""
     step_s = BiScaleSettings().prefill.grid_step_s
     gaps: dict[str, list[float]] = {name: [] for name in FORMS}
@@ -166,14 +174,51 @@ def gaps_and_times(queues: Sequence[Queue], idle_w: float) -> dict[str, tuple[Ma
     return {name: (np.array(gaps[name]), np.array(times[name]), missed[name]) for name in FORMS}
 
 
-def main(scenario: str = "paper-67", queues: int = 10_000, budget_tokens: int = 1024, seed: int = 0) -> None:
+def figures(results: Sequence[Results]) -> dict[str, dict[str, float]]:
+    """Over the queues of all results: mean relative gap of the searches that may miss the best, median milliseconds."""
+    return {
+        "mpc_gap": {name: float(np.concatenate([one[name][0] for one in results]).mean()) for name in ("greedy", "dp")},
+        "mpc_median_ms": {
+            name: float(1e-3 * np.median(np.concatenate([one[name][1] for one in results])))
+            for name in ("greedy", "exact", "dp")
+        },
+    }
+
+
+def table_of(results: Results, title: str) -> Table:
+    """One line per search."""
+    table = Table(*COLUMNS, title=title, title_justify="left")
+    for name, (gap, us, missed) in results.items():
+        percent = 100.0 * gap
+        shown = (percent.mean(), np.quantile(percent, 0.99), percent.max())
+        times = (*np.quantile(us, [0.5, 0.99]), us.max())
+        table.add_row(
+            name,
+            *(f"{value:.3f}" for value in shown),
+            f"{100.0 * np.mean(gap < 1e-9):.1f}",
+            str(missed),
+            *(f"{value:.1f}" for value in times),
+        )
+    return table
+
+
+def main(
+    scenario: str = "paper-67",
+    queues: int = 10_000,
+    budget_tokens: int = 1024,
+    seed: int = 0,
+    tp: tuple[int, ...] = (2, 4),
+    json_file: Annotated[str | None, tyro.conf.arg(name="json")] = None,
+) -> None:
     """Print a table per TP degree.
 
     Args:
         scenario: whose workload, SLO and clocks.
-        queues: how many are drawn.
+        queues: how many are drawn for each TP degree.
         budget_tokens: of a batch; small, so that queues have many.
         seed: of the draw.
+        tp: TP degrees.
+        json_file: file for the means over all queues; - prints them.
     """
     settings = load_scenario(scenario)
     cluster, prefill = settings.cluster, BiScaleSettings().prefill
@@ -181,29 +226,26 @@ def main(scenario: str = "paper-67", queues: int = 10_000, budget_tokens: int = 
     clocks = settings.clocks_mhz
     idle = clocks.index(min(clocks, key=lambda clock: abs(clock - prefill.idle_clock_mhz)))
     lengths = generate(load_workload(settings.workload), 60.0, 1800.0, seed).prompt_tokens
-    for tp in (2, 4):
-        model = profile.compile(tp, clocks, 1)
+    console = Console(width=120, stderr=json_file == "-")
+    all_results = []
+    for degree in tp:
+        model = profile.compile(degree, clocks, 1)
         costs = Costs(model, len(clocks), budget_tokens)
         rng = np.random.default_rng(seed)
         drawn = [random_queue(rng, lengths, costs, prefill.headroom * settings.slo.ttft_s) for _ in range(queues)]
-        table = Table(*COLUMNS, title_justify="left")
         results = gaps_and_times(drawn, float(idle_power_w(model, idle)))
-        for name, (gap, us, missed) in results.items():
-            percent = 100.0 * gap
-            shown = (percent.mean(), np.quantile(percent, 0.99), percent.max())
-            times = (*np.quantile(us, [0.5, 0.99]), us.max())
-            table.add_row(
-                name,
-                *(f"{value:.3f}" for value in shown),
-                f"{100.0 * np.mean(gap < 1e-9):.1f}",
-                str(missed),
-                *(f"{value:.1f}" for value in times),
-            )
+        all_results.append(results)
         mean = np.mean([queue.deadline_s.size for queue in drawn])
-        table.title = (
-            f"TP{tp}: {queues:,} queues of {mean:.1f} batches, {len(results['exact'][0]):,} can be served in time"
+        served = len(results["exact"][0])
+        console.print(
+            table_of(results, f"TP{degree}: {queues:,} queues of {mean:.1f} batches, {served:,} can be served in time")
         )
-        Console(width=120).print(table)
+    if json_file is not None:
+        text = json.dumps(figures(all_results), indent=2) + "\n"
+        if json_file == "-":
+            sys.stdout.write(text)
+        else:
+            Path(json_file).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -51,13 +51,19 @@ def test_the_day_is_served(figures) -> None:
 def test_planners_are_measured(benchmark: ModuleType) -> None:
     quick = {"requests_per_probe": 200, "warmup_s": 1.0, "rate_tolerance": 0.2}
     sizes = benchmark.PlannerSizes(
-        scenario="smoke", tier1=quick, rates_rps_per_gpu=(1.0, 20.0), repeats=1, compile=False
+        scenario="smoke", tier1=quick, rates_rps_per_gpu=(1.0, 20.0), repeats=1, compile=False, mpc_queues=100
     )
     figures = benchmark.measure_planners(sizes)
-    assert set(figures) == {goal.key for goal in benchmark.PLANNERS.goals}
-    assert {"plan_16_gpus_ms", "plan_1024_gpus_ms", "cold_plan_s"} <= set(figures)
-    assert all(math.isfinite(value) and value > 0 for value in figures.values())
-    assert all(figures[f"plan_{gpus}_gpus_slowest_ms"] >= figures[f"plan_{gpus}_gpus_ms"] for gpus in (16, 1024))
+    assert {"plan_cold_s", "plan_warm_ms", "plan_warm_1024_gpus_s", "mpc_gap", "mpc_median_ms"} <= set(figures)
+    assert set(figures["mpc_gap"]) == {"greedy", "dp"}
+    assert set(figures["mpc_median_ms"]) == {"greedy", "exact", "dp"}
+    assert {goal.key.partition(".")[0] for goal in benchmark.PLANNERS.goals} == set(figures)
+    shown = [goal.read(figures) for goal in benchmark.PLANNERS.goals]
+    assert all(math.isfinite(value) and value >= 0 for value in shown)
+    assert sum(value == 0 for value in shown) <= 1, "only the gap of greedy may be nothing"
+    assert figures["plan_warm_slowest_ms"] >= figures["plan_warm_ms"]
+    assert figures["plan_warm_1024_gpus_slowest_s"] >= figures["plan_warm_1024_gpus_s"]
+    assert len(list(benchmark.tables("planners", figures)[0].rows)) == len(shown)
 
 
 def test_all_requests_of_the_load_are_served(benchmark: ModuleType) -> None:

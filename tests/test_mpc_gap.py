@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import ModuleType
 
@@ -58,3 +59,20 @@ def test_the_window_counts_idle_energy_after_the_batches(script: ModuleType, que
     assert search.objective(queue.latency_s, queue.energy_j, 90.0, search.WINDOW_ENERGY, top) == pytest.approx(
         script.window_j(queue, 90.0, top) - 90.0 * queue.latency_s[:, 0].sum()
     )
+
+
+def test_json_on_standard_output_is_only_json(script: ModuleType, queues, capsys) -> None:
+    script.main(scenario="smoke", queues=40, tp=(2,), json_file="-")
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert set(found) == {"mpc_gap", "mpc_median_ms"}
+    assert "40 queues" in captured.err
+
+
+def test_figures_are_over_all_queues(script: ModuleType, queues) -> None:
+    halves = [script.gaps_and_times(half, 90.0) for half in (queues[:10], queues[10:])]
+    whole = script.gaps_and_times(queues, 90.0)
+    found = script.figures(halves)
+    assert found["mpc_gap"] == {name: pytest.approx(whole[name][0].mean()) for name in ("greedy", "dp")}
+    us = np.concatenate([half["dp"][1] for half in halves])
+    assert found["mpc_median_ms"]["dp"] == pytest.approx(np.median(us) / 1e3)

@@ -135,3 +135,83 @@ def test_floored_limits_its_changes_but_not_its_jumps(observe, model, memory):
     assert ask(busy, 51, 9.01, REASON=features.OVERRUN) == TOP, "a jump waits for nothing"
     assert ask(8.0, 52, 9.02) == TOP
     assert ask(8.0, 70, 9.2) == quiet
+
+
+def test_credit_without_slack_is_the_upward_scan(observe, model):
+    for batch in (10.0, 100.0, 300.0, 600.0, 900.0):
+        obs = observe(SLO_S=SLO_S, BATCH=batch, BATCH_KV_TOKENS=400 * batch)
+        answer = decode_slack.credit(obs, np.zeros(MEMORY_SIZE), params(variant="credit"), model)
+        assert answer == upward_scan(model, batch, 400 * batch, SLO_S)
+
+
+def test_credit_spreads_the_slack_over_forty_iterations(observe, model):
+    """An iteration may last 0.95 SLO + slack / 40, at most 1.05 SLO; what a lagging batch lacks is taken off."""
+    settings = params(variant="credit")
+    answers = {}
+    for slack_s in (-0.4, -0.2, 0.0, 0.08, 0.16, 5.0):
+        for batch in range(20, 900, 20):
+            obs = observe(SLO_S=SLO_S, BATCH=batch, BATCH_KV_TOKENS=400.0 * batch, SLACK_P25_S=slack_s)
+            # Of the requests that joined last, and of the rest, nothing is asked.
+            obs[features.SLACK_LEAST_S] = obs[features.SLACK_P1_S] = obs[features.SLACK_P5_S] = -9.0
+            obs[features.SLACK_P50_S] = 9.0
+            share = min(1.05, 0.95 + slack_s / 40 / SLO_S)
+            expected = upward_scan(model, batch, 400.0 * batch, SLO_S, share)
+            answers[slack_s, batch] = decode_slack.credit(obs, np.zeros(MEMORY_SIZE), settings, model)
+            assert answers[slack_s, batch] == expected
+    totals = [sum(clock for (at, _), clock in answers.items() if at == slack_s) for slack_s in (-0.4, 0.0, 5.0)]
+    assert totals[0] > totals[1] > totals[2]
+
+
+def test_slow_switching_spreads_the_slack_further(observe, model):
+    """Ten switching times of 0.1 s are 25 iterations of 40 ms, so the slack has to last for a hundred."""
+    settings = params(variant="credit", switch_time_s=0.1)
+    for batch in range(20, 900, 20):
+        obs = observe(SLO_S=SLO_S, BATCH=batch, BATCH_KV_TOKENS=400.0 * batch, SLACK_P25_S=0.2)
+        expected = upward_scan(model, batch, 400.0 * batch, SLO_S, 0.95 + 0.2 / 100 / SLO_S)
+        assert decode_slack.credit(obs, np.zeros(MEMORY_SIZE), settings, model) == expected
+
+
+def needs(model, share):
+    """A batch at which the clock above the lowest is just needed for that share of the SLO."""
+    return min(b for b in range(1, 900) if decode_latency(model, 0, float(b), 400.0 * b) > share * SLO_S)
+
+
+def test_credit_spends_nothing_where_memory_is_short(observe, model):
+    batch = needs(model, 0.96)
+
+    def ask(utilisation):
+        obs = observe(SLO_S=SLO_S, BATCH=batch, BATCH_KV_TOKENS=400.0 * batch, SLACK_P25_S=5.0)
+        obs[features.KV_TOKENS] = utilisation * obs[features.KV_CAPACITY_TOKENS]
+        return decode_slack.credit(obs, np.zeros(MEMORY_SIZE), params(variant="credit"), model)
+
+    assert ask(0.69) == 0
+    assert ask(0.71) == upward_scan(model, batch, 400.0 * batch, SLO_S) > 0
+    assert ask(0.86) == TOP
+
+
+def test_credit_holds_its_clock_while_there_is_slack(observe, model, memory):
+    settings = params(variant="credit")
+    batch = needs(model, 1.2)
+
+    def ask(iteration, slack_s, target, **values):
+        obs = observe(
+            SLO_S=SLO_S,
+            BATCH=batch,
+            BATCH_KV_TOKENS=400.0 * batch,
+            ITERATION=iteration,
+            NOW_S=iteration,
+            TARGET=target,
+            SLACK_P25_S=slack_s,
+            **values,
+        )
+        return decode_slack.credit(obs, memory, settings, model)
+
+    memory[decode_slack.CHANGED], memory[decode_slack.CHANGED_AT_S] = 1.0, 100.0
+    memory[decode_slack.CHANGED_AT_ITERATION] = 100.0
+    assert ask(105, 0.3 * SLO_S, 0) == 0, "1.2 SLO leaves a tenth of an SLO of slack"
+    assert ask(105, 0.1 * SLO_S, 0) == TOP, "1.2 SLO would take more than there is"
+    assert memory[decode_slack.CHANGED_AT_ITERATION] == 105
+    assert ask(114, 0.3 * SLO_S, TOP) == TOP, "nine iterations since the jump"
+    chosen = ask(115, 0.3 * SLO_S, TOP)
+    assert 0 < chosen < TOP
+    assert ask(116, 0.3 * SLO_S, chosen, REASON=features.OVERRUN) == TOP, "a jump waits for nothing"

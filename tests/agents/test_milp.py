@@ -77,6 +77,51 @@ def test_equals_enumeration(unallocated_w):
     assert 20 < infeasible < 180
 
 
+def grid_table(rng):
+    """Classes as tier 1 has them: two phases, TP 1 to 8, seven clocks; rates and joules as noisy as they come."""
+    size = np.tile(np.repeat([1, 2, 4, 8], 7), 2)
+    clock = np.tile(np.linspace(0.4, 1.0, 7), 8)
+    is_prefill = np.arange(size.size) < size.size // 2
+    rate = size ** rng.uniform(0.9, 1.15) * clock ** rng.uniform(0.5, 1.0) * rng.uniform(0.8, 1.2, size.size)
+    rate *= rng.choice([0.0, 1.0], size.size, p=[0.1, 0.9])
+    power = size * (100.0 + 500.0 * clock**2.5) * rng.uniform(0.9, 1.1, size.size)
+    return is_prefill, size, rate * rng.uniform(1.0, 6.0), power
+
+
+@pytest.mark.parametrize("gpus", [8, 16, 32])
+@pytest.mark.parametrize("unallocated_w", [0.0, 70.0])
+def test_fronts_equal_the_solver(gpus, unallocated_w, monkeypatch):
+    rng = np.random.default_rng(gpus)
+    carried = 0
+    for _ in range(12):
+        is_prefill, size, rate, power = grid_table(rng)
+        demand = float(rng.uniform(0.05, 0.7) * (rate / size).max() * gpus)
+        options = {"room": Room(gpus // 8, 8), "demand_rps": demand, "unallocated_w": unallocated_w}
+        found = []
+        for few_gpus in (32, 0):
+            monkeypatch.setattr("agents.milp.FEW_GPUS", few_gpus)
+            found.append(choose_counts(is_prefill, size, size, rate, power, **options))
+        fronts, solver = found
+        assert np.dot(fronts.counts, size) <= gpus
+        assert fronts.feasible == solver.feasible
+        assert fronts.power_w == pytest.approx(solver.power_w, rel=1e-6)
+        if fronts.feasible:
+            carried += 1
+            assert fronts.coverage >= 1 - 1e-8
+        else:
+            assert fronts.coverage == pytest.approx(solver.coverage, rel=1e-5)
+    assert 3 < carried < 12
+
+
+def test_nodes_that_are_no_whole_places_are_left_to_the_solver():
+    """Six GPUs hold one TP4 instance, so two nodes hold two; twelve GPUs in one node would hold three."""
+    table = ([True, False, False], [2, 4, 2], [2, 4, 2], [9.0, 9.0, 2.0], [300.0, 300.0, 300.0])
+    assert choose_counts(*table, room=Room(2, 6), demand_rps=9.0).counts == (1, 1, 0)
+    found = choose_counts(*table, room=Room(2, 6), demand_rps=20.0)
+    assert not found.feasible
+    assert fits(found.counts, [2, 4, 2], Room(2, 6))
+
+
 def test_counts_with_pipelines_can_be_laid_out():
     """Lanes of a pipeline may lie on different nodes, a TP group may not."""
     counts = choose_counts(

@@ -72,18 +72,38 @@ def test_forms_against_enumeration(kind):
     assert 5 < infeasible < 80
 
 
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5])
+def test_exact_equals_enumeration_over_seven_clocks(batches):
+    rng = np.random.default_rng(40 + batches)
+    feasible = 0
+    for _ in range(12):
+        latency, energy, deadline = random_queue(rng, batches, 7)
+        for kind in KINDS:
+            best = enumerate_best(latency, energy, deadline, 90.0, kind)
+            choice = np.zeros(batches, np.int64)
+            assert search.exact(latency, energy, deadline, 90.0, kind, choice) == (best is not None)
+            if best is not None:
+                feasible += 1
+                assert search.meets_deadlines(latency, deadline, choice)
+                assert search.objective(latency, energy, 90.0, kind, choice) == pytest.approx(best, rel=1e-9, abs=1e-9)
+    assert feasible > 10
+
+
 def test_dynamic_is_found_where_exact_has_the_grid_to_spare():
     rng = np.random.default_rng(3)
-    for _ in range(100):
-        batches = int(rng.integers(1, 6))
+    to_spare = 0
+    for _ in range(300):
+        batches = int(rng.integers(1, 9))
         latency, energy, deadline = random_queue(rng, batches, 7)
         choice = np.zeros(batches, np.int64)
         # Each batch may lose one step to rounding up, and its deadline one to rounding down.
         tightened = deadline - 0.002 * (batches + 1)
         if search.exact(latency, energy, tightened, 90.0, search.WINDOW_ENERGY, choice):
+            to_spare += 1
             bound = search.objective(latency, energy, 90.0, search.WINDOW_ENERGY, choice)
             assert search.dynamic(latency, energy, deadline, 90.0, search.WINDOW_ENERGY, 0.002, choice)
             assert search.objective(latency, energy, 90.0, search.WINDOW_ENERGY, choice) <= bound + 1e-9 * abs(bound)
+    assert to_spare > 150
 
 
 def test_restricted_search_stays_in_its_bounds():

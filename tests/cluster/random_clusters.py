@@ -20,7 +20,7 @@ from biscale_gym.cluster.settings import (
     RoutingSettings,
     SloSettings,
 )
-from biscale_gym.cluster.simulator import PhasePolicy, Simulator, lowest_idle_power_w
+from biscale_gym.cluster.simulator import Decision, PhasePolicy, Simulator, lowest_idle_power_w
 from biscale_gym.cluster.state import EVENTS
 from biscale_gym.profiles import Profile, load_profile
 from biscale_gym.profiles.kernels import idle_power_w, iteration_cost
@@ -176,6 +176,22 @@ def new_engine(case: Case) -> Simulator:
     return simulator
 
 
+def decode_decisions(case: Case) -> tuple[Simulator, list[Decision]]:
+    """The case with this program answering for the decode policy, as it would; accumulated slack is observed."""
+    simulator = new_engine(case)
+    simulator.set_policies(
+        PhasePolicy(restless_prefill, on_arrival=True, on_overrun=case.mispredict, on_idle=True),
+        PhasePolicy(on_overrun=case.mispredict, on_idle=True, slack=True),
+    )
+    model, seen = np.zeros(1), []
+    decision = simulator.run(case.until_s)
+    while decision is not None:
+        seen.append(decision)
+        answer = restless_decode.py_func(decision.obs, model, model, model)
+        decision = simulator.run(case.until_s, answer)
+    return simulator, seen
+
+
 def run_engine(case: Case) -> Simulator:
     """The case on the compiled engine until its ``until_s``."""
     simulator = new_engine(case)
@@ -186,8 +202,11 @@ def run_engine(case: Case) -> Simulator:
     return simulator
 
 
-def run_reference(case: Case, engine: Simulator) -> ref.Result:
-    """The same case on the plain simulator. Nodes, and who stays at a border, are read off the engine's lanes."""
+def run_reference(case: Case, engine: Simulator, asked: list[dict[str, Any]] | None = None) -> ref.Result:
+    """The same case on the plain simulator. Nodes, and who stays at a border, are read off the engine's lanes.
+
+    ``asked`` takes what the decode policy was told, in order.
+    """
     settings, profile = case.settings, case.profile
     vectors = {tp: profile.compile(tp, CLOCKS_MHZ, 256) for tp in (2, 4)}
     believed = case.predicted or profile
@@ -237,11 +256,16 @@ def run_reference(case: Case, engine: Simulator) -> ref.Result:
         state = np.uint64(following)
         return float(duration_s)
 
+    def plain_decode(decision: dict[str, Any]) -> int:
+        if asked is not None:
+            asked.append(decision)
+        return _plain_decode(decision)
+
     margin = settings.overrun_margin if case.mispredict else None
     policies = (
         (
             ref.Policy(_plain_prefill, on_arrival=True, on_idle=True, overrun_margin=margin, predict=predict),
-            ref.Policy(_plain_decode, on_idle=True, overrun_margin=margin, predict=predict),
+            ref.Policy(plain_decode, on_idle=True, overrun_margin=margin, predict=predict),
         )
         if case.policies
         else (None, None)
@@ -269,6 +293,7 @@ def run_reference(case: Case, engine: Simulator) -> ref.Result:
         ),
         prefill_policy=policies[0],
         decode_policy=policies[1],
+        tpot_slo_s=SLO.tpot_s,
         borders=_borders(case, spec_of),
         replacement=settings.replacement.mode,
         arrival_phase="decode" if case.only == "decode" else "prefill",

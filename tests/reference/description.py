@@ -162,6 +162,7 @@ class Scenario:
     transfer: Transfer = Transfer()
     prefill_policy: Policy | None = None
     decode_policy: Policy | None = None
+    tpot_slo_s: float = math.inf
     borders: tuple[Border, ...] = ()
     replacement: Literal["drain", "instant"] = "drain"
     arrival_phase: Phase = "prefill"

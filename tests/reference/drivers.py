@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from reference.description import Policy
-from reference.parts import ClockRequest, Instance, Iteration, Node
+from reference.parts import ClockRequest, Instance, Iteration, Node, Request
 from reference.state import State
 
 
@@ -41,12 +41,20 @@ class Drivers(State):
                 "delivered": len(instance.delivered),
                 "kv_used": instance.kv_used,
                 "iterations": instance.iterations,
+                "slacks_s": [self.slack_s(request) for request in instance.running],
             }
         )
         if not 0 <= answer < self.scenario.clocks:
             raise ValueError(f"instance {instance.number}: policy answered clock {answer} of {self.scenario.clocks}")
         self.log("ask", instance, answer)
         self.request_clock(instance, answer)
+
+    def slack_s(self, request: Request) -> float:
+        """What a running request may lose and still meet its TPOT, if its output ended here."""
+        decoded = request.generated - 1
+        if self.scenario.batching.decode_iterations == "output-length":
+            decoded -= 1  # one iteration more than tokens that TPOT divides by
+        return request.first_token_s + decoded * self.scenario.tpot_slo_s - self.now
 
     def request_clock(self, instance: Instance, clock: int) -> None:
         """Hand a clock to the node's driver, unless it is the one last asked for."""
