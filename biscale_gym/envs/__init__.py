@@ -7,6 +7,7 @@ import gymnasium
 _ENVIRONMENTS = {
     "BiScale/Prefill-v0": ("instance:PrefillEnv", "instance:PrefillVectorEnv"),
     "BiScale/Cluster-v0": ("cluster:ClusterEnv", "cluster:ClusterVectorEnv"),
+    "BiScale/Placement-v0": ("placement:PlacementEnv", "placement:placement_vector_env"),
     "BiScale/Decode-v0": ("instance:DecodeEnv", "instance:DecodeVectorEnv"),
 }
 

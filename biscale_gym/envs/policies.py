@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from biscale_gym.cluster.state import State
 from biscale_gym.control.controllers import Controller, PlanContext, make_controller
 from biscale_gym.envs.consult import NOBODY, consult_pending, consult_slots
 from biscale_gym.envs.errors import EnvironmentUsageError
+from biscale_gym.envs.placement import PlacementEnv
 from biscale_gym.envs.setting import Setting
 
 Actions = NDArray[np.int64]
@@ -178,3 +180,56 @@ def simulator_slots(env: Any, lane: int) -> Actions:
         return slots
     found: Actions = env.get_attr("unwrapped")[lane].slots_of(0)
     return found
+
+
+class PlannerPolicy:
+    """A controller's placements as an agent of ``BiScale/Placement-v0``: its plan, an instance at a time.
+
+    Args:
+        controller: installed name, ``module:Class``, or a controller.
+        env: the environment; it may be wrapped.
+        settings: the controller's keyword settings, where it is named.
+
+    Raises:
+        ControllerError: no such controller, or it does not take these settings.
+        EnvironmentUsageError: another environment.
+    """
+
+    def __init__(self, controller: str | Controller, env: Any, settings: dict[str, Any] | None = None) -> None:
+        self._controller = make_controller(controller, settings) if isinstance(controller, str) else controller
+        self.name = self._controller.name
+        if not isinstance(env.unwrapped, PlacementEnv):
+            raise EnvironmentUsageError(f"{env!r} is no Placement environment")
+        self._env: PlacementEnv = env.unwrapped
+        self._planned: tuple[Any, int, list[int]] | None = None
+
+    def _plan(self) -> list[int]:
+        env = self._env
+        assert env.demand is not None
+        placement = self._controller.plan(env.demand.context(env.window, env.placement))
+        numbers = {(row.phase, row.tp, row.pp, row.clock_mhz): number for number, row in enumerate(env.classes)}
+        actions = []
+        for spec in placement.instances:
+            kind = (spec.phase, spec.tp, spec.pp, spec.clock_mhz)
+            if kind not in numbers:
+                raise EnvironmentUsageError(
+                    f"controller {self.name!r} places {replace(spec, weight=1.0)}, which is no class of the environment"
+                )
+            actions.append(numbers[kind])
+        return [*actions, env.commit]
+
+    def predict(
+        self, observation: Any = None, state: Any = None, episode_start: Any = None, deterministic: bool = True
+    ) -> tuple[Any, Any]:
+        """The next instance of the plan, or the commit; arguments and result as Stable-Baselines3 has them.
+
+        Raises:
+            EnvironmentUsageError: before the first reset, or the plan holds an instance of no class.
+        """
+        env = self._env
+        if env.episode is None:
+            raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
+        if self._planned is None or self._planned[0] is not env.episode or self._planned[1] != env.window:
+            self._planned = (env.episode, env.window, self._plan())
+        action = np.int64(self._planned[2][len(env.chosen)])
+        return (action if np.ndim(observation) < 2 else np.array([action])), state
