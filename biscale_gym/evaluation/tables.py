@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -58,8 +58,13 @@ def print_tables(summaries: Sequence[Summary], console: Console) -> None:
 
 def markdown(summaries: Sequence[Summary]) -> str:
     """The tables in Markdown, each under its title."""
+    return grids_markdown(grids(summaries))
+
+
+def grids_markdown(grids: Iterable[Grid]) -> str:
+    """Any tables in Markdown, each under its title."""
     parts = []
-    for grid in grids(summaries):
+    for grid in grids:
         rule = [":--", *["--:"] * (len(grid.header) - 1)]
         lines = ["| " + " | ".join(cells) + " |" for cells in (grid.header, rule, *grid.rows)]
         parts.append(f"**{grid.title}**\n\n" + "\n".join(lines))

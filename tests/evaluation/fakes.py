@@ -70,9 +70,11 @@ def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcom
             "config_hash": "c0ffee",
             "trace_name": "fake",
             "trace_hash": "beef",
+            "placements": [[0.0, "3×P TP2@1110 + 2×D TP4@930"]],
             "notes": NOTES[job.controller],
         },
         timeline=_timeline(rng, samples),
+        windows=_windows(factor),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
     )
@@ -89,6 +91,21 @@ def _timeline(rng: np.random.Generator, samples: int) -> dict[str, np.ndarray]:
         "batch": np.floor(4 * walk),
         "power_w": 400.0 + 30.0 * walk,
         "label": np.array(labels),
+    }
+
+
+def _windows(factor: float) -> dict[str, np.ndarray]:
+    """Two windows; ``reckless`` (the least factor) breaks TTFT in the second."""
+    late_s = 0.9 if factor == SAVINGS["reckless"] else 0.5
+    return {
+        "start_s": np.array([30.0, 900.0]),
+        "end_s": np.array([900.0, 1800.0]),
+        "prefill_j_per_token": factor * np.array([2.0, 4.0]),
+        "decode_j_per_token": factor * np.array([6.0, 8.0]),
+        "ttft_p99_s": np.array([0.4, late_s]),
+        "tpot_p99_s": np.array([0.05, 0.09]),
+        "ttft_attainment": np.array([1.0, 0.995]),
+        "tpot_attainment": np.array([1.0, 1.0]),
     }
 
 
