@@ -53,7 +53,9 @@ class RequestLedger:
             parts: one ledger per cluster.
             instances: how many instances each cluster had.
         """
-        values = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(parts[0])}
+        values = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(parts[0])
+        }
         before = np.repeat(np.cumsum([0, *instances[:-1]]), [len(part.arrival_s) for part in parts])
         for name in ("prefill_instance", "decode_instance"):
             values[name] = np.where(values[name] >= 0, values[name] + before, -1)
@@ -113,9 +115,7 @@ class InstanceLedger:
             for field in fields(parts[0])
             if field.name not in ("now_s", "unallocated_j")
         }
-        return InstanceLedger(
-            now_s=parts[-1].now_s, unallocated_j=sum(part.unallocated_j for part in parts), **arrays
-        )
+        return InstanceLedger(now_s=parts[-1].now_s, unallocated_j=sum(part.unallocated_j for part in parts), **arrays)
 
     def phase_energy_j(self, prefill: bool, bucket: str | None = None) -> float:
         """Joules of a phase's instances, in one bucket or in all."""

@@ -85,7 +85,7 @@ class RunOutcome:
         provenance: resolved configuration and its hash, trace name and hash, placements by window.
         timeline: arrays over time and instance: time_s[T], clock_mhz[T, I], queue[T, I], batch[T, I], power_w[T, I]
             (NaN while an instance is not there), label[I].
-        windows: per window, every figure of ``metrics.measure``, [W], and ``start_s``, ``end_s`` of what was counted of it.
+        windows: per window, every figure of ``metrics.measure``, [W], with ``start_s``, ``end_s`` of its counted part.
         ttft_s, tpot_s: of the judged requests.
     """
 
@@ -184,7 +184,7 @@ class Rollout:
         return [0.0, *np.arange(self.scenario.window_s, self.end_s, self.scenario.window_s).tolist(), self.end_s]
 
     def _cluster(self, window: int) -> Simulator:
-        """A cluster with the present placement: for the whole trace, or with steady-state windows for one window's part."""
+        """A cluster with the present placement: for the whole trace, or for one window of it if they start fresh."""
         trace = self.requests.evaluated
         seed: int | np.random.SeedSequence = self.seed
         if self._fresh_windows:
@@ -385,7 +385,7 @@ def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: s
 
 
 def _window_figures(rollout: Rollout, requests: RequestLedger, overhead_s: float) -> dict[str, npt.NDArray[Any]]:
-    """Figures of each window by name, [W]. A request belongs to the window of its arrival, a border's to the later one."""
+    """Figures of each window by name, [W]; what arrives at a border belongs to the later window."""
     scenario, windows = rollout.scenario, rollout.windows
     rows: list[dict[str, float | int]] = []
     for number, counted in enumerate(windows):

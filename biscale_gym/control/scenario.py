@@ -27,8 +27,8 @@ class ScenarioSettings(Settings):
         warmup_s: what is not counted at the start.
         drain_limit_s: how long after the last arrival unfinished requests are waited for.
         window_s: coarse period, tier 1's.
-        window_start: how a window begins: with the queues that the last one left (``carried``), or on an idle cluster that
-            serves this window's arrivals alone, the first ``warmup_s`` of each not counted (``steady-state``).
+        window_start: how a window begins: with the queues that the last one left (``carried``), or on an idle cluster
+            that serves this window's arrivals alone, the first ``warmup_s`` of each not counted (``steady-state``).
         slo: on P99 TTFT and P99 TPOT.
         cluster: the GPUs and the engine's rules.
         clocks_mhz: the controllers' candidate clocks.
@@ -62,7 +62,9 @@ class ScenarioSettings(Settings):
         if list(self.clocks_mhz) != sorted(set(self.clocks_mhz)):
             raise ValueError(f"clocks_mhz must ascend without repeats, got {list(self.clocks_mhz)}")
         if self.window_start == "steady-state" and self.window_s <= self.warmup_s:
-            raise ValueError(f"window_s ({self.window_s}) must exceed warmup_s ({self.warmup_s}) in steady-state windows")
+            raise ValueError(
+                f"window_s ({self.window_s}) must exceed warmup_s ({self.warmup_s}) in steady-state windows"
+            )
         return self
 
 

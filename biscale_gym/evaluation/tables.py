@@ -47,7 +47,12 @@ def grids(summaries: Sequence[Summary]) -> Iterator[Grid]:
 
 def print_tables(summaries: Sequence[Summary], console: Console) -> None:
     """The tables in the terminal."""
-    for grid in grids(summaries):
+    print_grids(grids(summaries), console)
+
+
+def print_grids(grids: Iterable[Grid], console: Console) -> None:
+    """Any tables in the terminal."""
+    for grid in grids:
         table = Table(title=grid.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(grid.header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
