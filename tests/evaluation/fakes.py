@@ -19,8 +19,9 @@ NOTES: dict[str, list[str]] = {
     "place-only": [],
     "biscale": ["window 3: least violation taken"],
     "reckless": [],
+    "max-clock": [],
 }
-SAVINGS = {"distserve": 1.0, "place-only": 0.75, "biscale": 0.65, "reckless": 0.5}
+SAVINGS = {"distserve": 1.0, "place-only": 0.75, "biscale": 0.65, "reckless": 0.5, "max-clock": 1.25}
 
 
 def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcome:
@@ -38,7 +39,7 @@ def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcom
     }
     row: dict[str, float | int | str] = {
         "scenario": job.scenario_name,
-        "controller": job.controller,
+        "controller": job.controller_name,
         "seed": job.seed,
         "split": job.played_split,
         "prefill_energy_j": float(prefill),
@@ -74,7 +75,7 @@ def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcom
             "notes": NOTES[job.controller],
         },
         timeline=_timeline(rng, samples),
-        windows=_windows(factor),
+        windows=_windows(factor, float(prefill), float(decode)),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
     )
@@ -94,10 +95,12 @@ def _timeline(rng: np.random.Generator, samples: int) -> dict[str, np.ndarray]:
     }
 
 
-def _windows(factor: float) -> dict[str, np.ndarray]:
+def _windows(factor: float, prefill_j: float, decode_j: float) -> dict[str, np.ndarray]:
     """Two windows; ``reckless`` (the least factor) breaks TTFT in the second."""
     late_s = 0.9 if factor == SAVINGS["reckless"] else 0.5
     return {
+        "prefill_energy_j": prefill_j * np.array([0.25, 0.75]),
+        "decode_energy_j": decode_j * np.array([0.5, 0.5]),
         "start_s": np.array([30.0, 900.0]),
         "end_s": np.array([900.0, 1800.0]),
         "prefill_j_per_token": factor * np.array([2.0, 4.0]),
@@ -137,3 +140,9 @@ def run_otherwise(job: RunJob) -> RunOutcome:
     """Answers with another energy than ``run``."""
     outcome = outcome_of(job)
     return replace(outcome, row={**outcome.row, "total_energy_j": 1.0})
+
+
+def run_slowly(job: RunJob) -> RunOutcome:
+    """Takes a while."""
+    time.sleep(0.3)
+    return outcome_of(job)
