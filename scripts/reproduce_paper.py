@@ -106,13 +106,13 @@ TP2 = Variant(
     reference={"prefill_degrees": [2]},
     scenarios=(*CONTROLLED, *PRODUCTION),
 )
-BF16_RPS = 0.0
-"""67 % of what DistServe carries in bf16."""
+BF16_RPS = 36.18
+"""67 % of the highest rate that DistServe carries in bf16, found as scripts/derive_rates.py finds rates."""
 BF16 = {"cluster.precision": "bf16", "rate_rps": BF16_RPS}
 SWITCHES = (
     TP2,
     Variant("bf16", f"bf16 weights, {BF16_RPS:g} requests/s (67 % of what DistServe then carries)", BF16),
-    Variant("bf16-tp2", "the same against TP2 prefill", BF16, reference={"prefill_degrees": [2]}),
+    Variant("bf16-tp2", "the same, DistServe holds prefill to TP2", BF16, reference={"prefill_degrees": [2]}),
     Variant("top-1830", "the card ends at 1,830 MHz, the top of the controllers' grid", {"top_clock_mhz": 1830}),
     Variant("distserve-windows", "DistServe plans every window anew", reference={"replan": True}),
     Variant("distserve-p90", "DistServe plans for P90, its authors' criterion", reference={"quantile": 0.9}),
@@ -132,7 +132,25 @@ SWITCHES = (
         tier1={"headroom": 1.0},
         tier2={"prefill": {"headroom": 1.0}, "decode": {"headroom": 1.0}},
     ),
+    Variant(
+        "margin-15",
+        "α = 0.15",
+        tier1={"margin": 0.15},
+        scenarios=("controlled-25", "paper-67"),
+    ),
+    Variant(
+        "prefill-headroom-50",
+        "the prefill controller aims at half the TTFT SLO",
+        tier2={"prefill": {"headroom": 0.5}},
+        scenarios=("controlled-25", "paper-67"),
+    ),
     Variant("kv-unlimited", "KV memory of decode never ends", {"cluster.batching.decode_kv_tokens": 10_000_000}),
+    Variant(
+        "no-kv-guard",
+        "decode does not go to the top clock as its KV memory fills",
+        tier2={"decode": {"kv_high": 1.0, "kv_low": 1.0}},
+        scenarios=("controlled-70", "controlled-85", "paper-67"),
+    ),
     Variant("count-unallocated", "tier 1 counts the idle power of free GPUs", tier1={"count_unallocated": True}),
     Variant("costly-placement", "changing a placement drains and loads weights", {"cluster.replacement.mode": "drain"}),
     Variant("instant-clocks", "clock switching takes no time", {"cluster.switching": "instant"}),
@@ -536,7 +554,7 @@ def energy_figure(results: Results, loads: Sequence[str]) -> Any:
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     rates_rps = [float(load.rpartition("-")[2]) for load in loads]
     for panel, phase, token in zip(panels, PHASES, ("prompt", "output"), strict=True):
-        for number, role in enumerate(ROLES):
+        for number, role in enumerate(sorted(ROLES)):
             summaries = [results.of(SHIPPED, load, role) for load in loads]
             values = [one.metrics[f"{phase}_j_per_token"] for one in summaries if one is not None]
             errors = [np.nan_to_num(one.high - one.value) for one in values]
@@ -577,6 +595,7 @@ def placement_figure(results: Results, scenario: str) -> Any:
             base = base + gpus
         panel.set_title(role)
         panel.set_xticks(range(len(each)), [f"window {n}" for n in range(len(each))] if len(each) > 1 else ["the run"])
+    figure.suptitle(f"{scenario}, seed 0: GPUs by phase, TP degree and base clock (MHz)", fontsize=11)
     panels[0][0].set_ylabel("GPUs")
     panels[0][0].set_ylim(0, 16.5)
     handles, labels = panels[0][0].get_legend_handles_labels()

@@ -282,7 +282,7 @@ def window_figures(own: Sequence[Summary], windows: Sequence[Sequence[Mapping[st
     figure, panels = plt.subplots(2, 2, figsize=(10.4, 6.4), sharex=True, layout="constrained")
     figure.suptitle(f"{_heading(own)}: by window", fontsize=11)
     for panel, (metric, title, scale, target_s) in zip(panels.flat, quantities, strict=True):
-        for index, (summary, each) in enumerate(zip(own, windows, strict=True)):
+        for index, (summary, each) in enumerate(sorted(zip(own, windows, strict=True), key=lambda s: s[0].controller)):
             middles_s = (each[0]["start_s"] + each[0]["end_s"]) / 2.0
             intervals = over_seeds(each, metric)
             panel.errorbar(

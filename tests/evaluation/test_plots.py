@@ -49,11 +49,12 @@ def test_only_the_kinds_asked_for_are_drawn(summaries: list[Summary], store: Rec
 def test_windows_are_drawn_with_the_slo(summaries: list[Summary], store: RecordStore) -> None:
     windows = [[window_arrays(store.arrays(record)) for record in summary.records] for summary in summaries]
     prefill, _, ttft, tpot = window_figures(summaries, windows).axes
-    lines = {line.get_label(): line for line in prefill.get_lines()}
-    assert [container.get_label() for container in prefill.containers] == [s.controller for s in summaries]
-    drawn = [container.lines[0].get_ydata().tolist() for container in ttft.containers]
-    assert drawn == [(1e3 * each[0]["ttft_p99_s"]).tolist() for each in windows]
-    assert lines
+    assert [container.get_label() for container in prefill.containers] == ["biscale", "distserve", "reckless"]
+    drawn = {container.get_label(): container.lines[0].get_ydata().tolist() for container in ttft.containers}
+    assert drawn == {
+        summary.controller: (1e3 * each[0]["ttft_p99_s"]).tolist()
+        for summary, each in zip(summaries, windows, strict=True)
+    }
     for panel, slo_ms in ((ttft, 600.0), (tpot, 100.0)):
         assert slo_ms in [line.get_ydata()[0] for line in panel.get_lines()]
 
