@@ -45,6 +45,9 @@ class DistServeSettings(Settings):
     """``high``: links between nodes are fast enough for KV; ``low``: prefill and decode share nodes."""
     pipeline_stages: tuple[int, ...] = (1,)
     """Numbers of pipeline stages that are searched; ``distserve-pp`` searches 1, 2 and 4."""
+    prefill_degrees: tuple[int, ...] = ()
+    """TP degrees that are searched for prefill; empty: all that fit."""
+    decode_degrees: tuple[int, ...] = ()
     replan: bool = False
     """Plan every window anew, for the last one's rate; otherwise once, for the run's mean rate."""
     requests_per_probe: int = Field(default=10_000, ge=100)
@@ -179,16 +182,28 @@ class DistServe:
         self._units: tuple[MeasuredUnit, ...] | None = None
 
     def columns(self, context: PlanContext) -> tuple[Column, ...]:
-        """Every configuration that leaves room for the other phase."""
-        cluster = context.scenario.cluster
+        """Every configuration that is searched and leaves room for the other phase.
+
+        Raises:
+            BaselineError: none of the TP degrees that a phase is held to fits.
+        """
+        cluster, settings = context.scenario.cluster, self.settings
+        searched = {"prefill": settings.prefill_degrees, "decode": settings.decode_degrees}
 
         def degrees(phase: Phase) -> list[tuple[int, int]]:
-            return [
+            found = [
                 (tp, pp)
-                for pp in self.settings.pipeline_stages
+                for pp in settings.pipeline_stages
                 for tp in fitting_degrees(context.profile, phase, cluster.gpus_per_node, pp)
                 if tp * pp < cluster.gpus
             ]
+            chosen = [(tp, pp) for tp, pp in found if not searched[phase] or tp in searched[phase]]
+            if not chosen:
+                raise BaselineError(
+                    f"{phase}_degrees {list(searched[phase])}: none of them fits; "
+                    f"those that do: {sorted({tp for tp, _ in found})}"
+                )
+            return chosen
 
         return tuple(
             Column(phase, tp, pp, (context.scenario.top_clock_mhz,)) for phase in PHASES for tp, pp in degrees(phase)

@@ -43,11 +43,25 @@ class Counted:
         start_s, end_s: requests that arrive in [start_s, end_s] are judged; joules and tokens of [start_s, end_s) are
             counted.
         energy: the instances' ledger between the two times.
+        gaps: [from, to) of what lies between the two times and does not count, ascending.
     """
 
     start_s: float
     end_s: float
     energy: InstanceLedger
+    gaps: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Counted time."""
+        return self.end_s - self.start_s - sum(to_s - from_s for from_s, to_s in self.gaps)
+
+    def judges(self, arrival_s: FloatArray) -> npt.NDArray[np.bool_]:
+        """Which arrivals, float64[R], are judged."""
+        judged = (arrival_s >= self.start_s) & (arrival_s <= self.end_s)
+        for from_s, to_s in self.gaps:
+            judged &= (arrival_s < from_s) | (arrival_s >= to_s)
+        return judged
 
 
 @dataclass(frozen=True)
@@ -92,13 +106,13 @@ def measure(
 ) -> Measurement:
     """Every figure of a table's row that is read off the ledger (definitions: docs/evaluation.md)."""
     all_ttft, all_tpot = ttft_s(requests, overhead_s), tpot_s(requests, definition)
-    judged = (requests.arrival_s >= counted.start_s) & (requests.arrival_s <= counted.end_s)
+    judged = counted.judges(requests.arrival_s)
     ttft_kept, tpot_kept = attained(all_ttft, all_tpot, requests, slo)
     ttft_kept, tpot_kept = ttft_kept[judged], tpot_kept[judged]
     ttft = all_ttft[judged & ~np.isnan(all_ttft)]
     tpot = all_tpot[judged & ~np.isnan(all_tpot)]
     energy = counted.energy
-    seconds = counted.end_s - counted.start_s
+    seconds = counted.seconds
     prefill_j, decode_j = energy.phase_energy_j(True), energy.phase_energy_j(False)
     total_j = prefill_j + decode_j + energy.unallocated_j
 

@@ -143,6 +143,16 @@ def test_joules_are_split_by_phase_and_by_bucket() -> None:
     assert (row["prefill_iterations"], row["decode_iterations"], row["clock_changes"]) == (5, 70, 11)
 
 
+def test_gaps_are_neither_judged_nor_part_of_the_time() -> None:
+    ledger = requests(*((at_s, at_s + 0.25, at_s + 1.0, 5) for at_s in (1.0, 4.0, 5.5, 6.0, 10.0)))
+    counted = Counted(1.0, 10.0, instances(), gaps=((2.0, 4.0), (5.0, 6.0)))
+    assert counted.seconds == 6.0
+    assert counted.judges(ledger.arrival_s).tolist() == [True, True, False, True, True]
+    row = measure(ledger, counted, SLO).row
+    assert row["requests_judged"] == 4
+    assert row["mean_power_w"] == pytest.approx(float(row["total_energy_j"]) / 6.0)
+
+
 def test_what_was_booked_before_the_warm_ups_end_is_not_counted() -> None:
     early = instances(
         now_s=2.0,

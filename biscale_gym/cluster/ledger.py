@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,6 +43,26 @@ class RequestLedger:
     def take(self, chosen: npt.NDArray[np.bool_]) -> RequestLedger:
         """The chosen requests alone."""
         return RequestLedger(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+    def arrived(self, start_s: float, end_s: float) -> RequestLedger:
+        """The requests that arrive in [start_s, end_s)."""
+        return self.take((self.arrival_s >= start_s) & (self.arrival_s < end_s))
+
+    @staticmethod
+    def joined(parts: Sequence[RequestLedger], instances: Sequence[int]) -> RequestLedger:
+        """Ledgers of clusters that served one after another; instances are numbered on.
+
+        Args:
+            parts: one ledger per cluster.
+            instances: how many instances each cluster had.
+        """
+        values = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(parts[0])
+        }
+        before = np.repeat(np.cumsum([0, *instances[:-1]]), [len(part.arrival_s) for part in parts])
+        for name in ("prefill_instance", "decode_instance"):
+            values[name] = np.where(values[name] >= 0, values[name] + before, -1)
+        return RequestLedger(**values)
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,16 @@ class InstanceLedger:
             clock_changes=rest("clock_changes"),
             unallocated_j=self.unallocated_j - earlier.unallocated_j,
         )
+
+    @staticmethod
+    def joined(parts: Sequence[InstanceLedger]) -> InstanceLedger:
+        """What several readings booked together, one after another: an entry per reading and instance."""
+        arrays = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(parts[0])
+            if field.name not in ("now_s", "unallocated_j")
+        }
+        return InstanceLedger(now_s=parts[-1].now_s, unallocated_j=sum(part.unallocated_j for part in parts), **arrays)
 
     def phase_energy_j(self, prefill: bool, bucket: str | None = None) -> float:
         """Joules of a phase's instances, in one bucket or in all."""

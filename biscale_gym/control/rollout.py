@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from biscale_gym.cluster.ledger import InstanceLedger
+from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger
 from biscale_gym.cluster.placement import PHASES, Lane, Placement
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.cluster.state import PREFILL
@@ -21,6 +22,7 @@ from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.metrics import Counted, measure
 from biscale_gym.profiles import Profile, load_profile
 from biscale_gym.profiles.prediction import predicted_profile
+from biscale_gym.traces import TraceError
 
 FloatArray = npt.NDArray[np.float64]
 TIMELINE_SAMPLES = 900
@@ -55,9 +57,22 @@ class RunJob(Settings):
         return " ".join([self.scenario, *(f"{setting}={value}" for setting, value in self.overrides.items())])
 
     @property
+    def controller_name(self) -> str:
+        """The controller as rows name it: with its settings, dotted."""
+        return " ".join([self.controller, *(f"{name}={value}" for name, value in _dotted(self.controller_settings))])
+
+    @property
     def played_split(self) -> str:
         """The split that is played."""
         return self.split or ("test" if self.trace is None else "all")
+
+
+def _dotted(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        inner = _dotted(value) if isinstance(value, dict) else [("", value)]
+        flat += [(f"{name}.{key}" if key else name, one) for key, one in inner]
+    return flat
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class RunOutcome:
         provenance: resolved configuration and its hash, trace name and hash, placements by window.
         timeline: arrays over time and instance: time_s[T], clock_mhz[T, I], queue[T, I], batch[T, I], power_w[T, I]
             (NaN while an instance is not there), label[I].
+        windows: per window, every figure of ``metrics.measure``, [W], with ``start_s``, ``end_s`` of its counted part.
         ttft_s, tpot_s: of the judged requests.
     """
 
@@ -77,6 +93,7 @@ class RunOutcome:
     action_digest: str
     provenance: dict[str, Any]
     timeline: dict[str, npt.NDArray[Any]]
+    windows: dict[str, npt.NDArray[Any]]
     ttft_s: FloatArray
     tpot_s: FloatArray
 
@@ -88,8 +105,8 @@ class Timeline:
     time_s: list[float] = field(default_factory=list)
     samples: list[npt.NDArray[np.float64]] = field(default_factory=list)
 
-    def add(self, simulator: Simulator) -> None:
-        """Sample now: columns clock MHz, queue, batch, power W; one row per lane."""
+    def add(self, simulator: Simulator, lanes_before: int = 0) -> None:
+        """Sample now: columns clock MHz, queue, batch, power W; one row per lane, after those of earlier clusters."""
         inst = simulator.state.inst[: len(simulator.lanes)]
         present = np.isfinite(inst["gone_s"])
         sample = np.empty((len(inst), 4))
@@ -99,7 +116,7 @@ class Timeline:
         sample[:, 3] = inst["power_w"]
         sample[present] = np.nan
         self.time_s.append(simulator.now_s)
-        self.samples.append(sample)
+        self.samples.append(np.vstack([np.full((lanes_before, 4), np.nan), sample]))
 
     def arrays(self, lanes: tuple[Lane, ...]) -> dict[str, npt.NDArray[Any]]:
         """All samples as arrays over (time, lane)."""
@@ -126,6 +143,11 @@ class Rollout:
         requests: the trace, and what planners learn from.
         seed: of the cluster's random numbers.
         profile: what iterations truly cost; the scenario's if None.
+
+    Attributes:
+        simulator: the cluster that serves now; with steady-state windows every window has its own.
+        placements: (from when, placement) as planned.
+        windows: what counted of each window, once ``run`` has served it.
     """
 
     def __init__(
@@ -140,6 +162,7 @@ class Rollout:
         self.controller = controller
         self.scenario = scenario
         self.requests = requests
+        self.seed = seed
         self.profile = profile or load_profile(cluster.hardware, cluster.model, cluster.precision)
         self.placements: list[tuple[float, Placement]] = []
         self._history_rps: list[float] = []
@@ -149,19 +172,49 @@ class Rollout:
             self.predicted = predicted_profile(self.profile, scenario.prediction, self._clocks_mhz)
         placement = controller.plan(self._context())
         self._clocks_mhz = tuple(sorted({*self._clocks_mhz, *(spec.clock_mhz for spec in placement.instances)}))
-        self.simulator = Simulator(
-            cluster,
+        self.placements.append((0.0, placement))
+        self.timeline = Timeline()
+        self.windows: list[Counted] = []
+        self._served: list[Simulator] = []
+        self.simulator = self._cluster(0)
+
+    @property
+    def _borders_s(self) -> list[float]:
+        """Where windows begin, and the end."""
+        return [0.0, *np.arange(self.scenario.window_s, self.end_s, self.scenario.window_s).tolist(), self.end_s]
+
+    def _cluster(self, window: int) -> Simulator:
+        """A cluster with the present placement: for the whole trace, or for one window of it if they start fresh."""
+        trace = self.requests.evaluated
+        seed: int | np.random.SeedSequence = self.seed
+        if self._fresh_windows:
+            start_s, stop_s = self._borders_s[window : window + 2]
+            first = np.searchsorted(trace.arrival_s, start_s)
+            last = len(trace) if stop_s == self.end_s else np.searchsorted(trace.arrival_s, stop_s)
+            if first == last:
+                raise TraceError(
+                    f"trace {trace.name!r} has no arrival from {start_s:g} to {stop_s:g} s; "
+                    "window_start 'steady-state' needs one in every window, 'carried' does not"
+                )
+            trace = trace.take(np.arange(first, last), trace.name)
+            seed = np.random.SeedSequence([self.seed, window])
+        simulator = Simulator(
+            self.scenario.cluster,
             self.profile,
-            placement,
-            requests.evaluated,
+            self.placements[-1][1],
+            trace,
             self._clocks_mhz,
-            scenario.slo,
+            self.scenario.slo,
             seed,
             predicted=self.predicted,
         )
-        self.placements.append((0.0, placement))
-        self.simulator.set_policies(*self._policies())
-        self.timeline = Timeline()
+        self._served.append(simulator)
+        simulator.set_policies(*self._policies())
+        return simulator
+
+    @property
+    def _fresh_windows(self) -> bool:
+        return self.scenario.window_start == "steady-state"
 
     def _arrivals_s(self, start_s: float, stop_s: float) -> FloatArray:
         """Arrivals in [start_s, stop_s) of the evaluated trace."""
@@ -202,13 +255,15 @@ class Rollout:
         """Where the counted part ends: the generated duration, or a recorded trace's last arrival."""
         return self.requests.end_s
 
-    def _replan(self, now_s: float, window_s: float) -> None:
+    def _replan(self, now_s: float) -> None:
+        """The next window's placement; the running cluster changes to it unless the window gets one of its own."""
+        window_s = self.scenario.window_s
         arrivals_s = self._arrivals_s(now_s - window_s, now_s) - (now_s - window_s)
         arrivals_s.setflags(write=False)
         self._history_rps.append(len(arrivals_s) / window_s)
         context = replace(self._context(), last_arrivals_s=arrivals_s, coming_rate_rps=self._coming_rate_rps(now_s))
         placement = self.controller.plan(context)
-        if placement != self.placements[-1][1]:
+        if placement != self.placements[-1][1] and not self._fresh_windows:
             self.simulator.reconfigure(placement)
         self.placements.append((now_s, placement))
 
@@ -218,31 +273,59 @@ class Rollout:
         Args:
             count_drain: count until the last event instead of the last arrival, however long the drain takes.
         """
-        end_s, warmup_s = self.end_s, min(self.scenario.warmup_s, self.end_s)
-        window_s = self.scenario.window_s
-        borders = set(np.arange(window_s, end_s, window_s).tolist()) if self.controller.replans else set()
-        samples = set(np.linspace(0.0, end_s, TIMELINE_SAMPLES, endpoint=False).tolist())
+        borders_s = self._borders_s
+        for window, (start_s, stop_s) in enumerate(pairwise(borders_s)):
+            if window and self.controller.replans:
+                self._replan(start_s)
+            if window and self._fresh_windows:
+                self.simulator.run(start_s + self.scenario.drain_limit_s)
+                self.simulator = self._cluster(window)
+            drained = count_drain and stop_s == self.end_s
+            self.windows.append(self._serve_window(start_s, stop_s, drained))
+        self.simulator.run(self.end_s + self.scenario.drain_limit_s)
+        gaps = tuple((one.end_s, other.start_s) for one, other in pairwise(self.windows) if one.end_s < other.start_s)
+        energy = InstanceLedger.joined([window.energy for window in self.windows])
+        return Counted(self.windows[0].start_s, self.windows[-1].end_s, energy, gaps)
+
+    def _serve_window(self, start_s: float, stop_s: float, drained: bool) -> Counted:
+        """Run to the window's end, or to the last event; returns what counts of it, which may be nothing."""
+        uncounted_s = self.scenario.warmup_s + (start_s if self._fresh_windows else 0.0)
+        from_s = min(max(start_s, uncounted_s), stop_s)
+        lanes_before = sum(len(simulator.lanes) for simulator in self._served[:-1])
+        grid_s = np.linspace(0.0, self.end_s, TIMELINE_SAMPLES, endpoint=False)
+        samples = set(grid_s[(grid_s >= start_s) & (grid_s < stop_s)].tolist())
         start: InstanceLedger | None = None
-        for stop_s in sorted(borders | samples | {warmup_s, end_s}):
-            self.simulator.run(stop_s)
-            if stop_s in borders:
-                self._replan(stop_s, window_s)
-            if stop_s == warmup_s:
+        for at_s in sorted(samples | {start_s, from_s, stop_s}):
+            self.simulator.run(at_s)
+            if at_s == from_s:
                 start = self.simulator.instances()
-            if stop_s in samples:
-                self.timeline.add(self.simulator)
+            if at_s in samples:
+                self.timeline.add(self.simulator, lanes_before)
         assert start is not None
-        if not count_drain:
-            counted = Counted(warmup_s, end_s, self.simulator.instances().since(start))
-            self.simulator.run(end_s + self.scenario.drain_limit_s)
-            return counted
-        self.simulator.run()
-        return Counted(warmup_s, self.simulator.now_s, self.simulator.instances().since(start))
+        if drained:
+            self.simulator.run()
+        return Counted(from_s, self.simulator.now_s, self.simulator.instances().since(start))
+
+    def ledger(self) -> RequestLedger:
+        """The requests' ledger over all windows."""
+        return RequestLedger.joined(
+            [simulator.requests() for simulator in self._served], [len(simulator.lanes) for simulator in self._served]
+        )
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Every lane that ever was, in the order of the timeline's."""
+        return tuple(lane for simulator in self._served for lane in simulator.lanes)
+
+    def counts(self) -> dict[str, int]:
+        """Requests that arrived, finished, were rejected, and are in flight."""
+        each = [simulator.counts() for simulator in self._served]
+        return {name: sum(counts[name] for counts in each) for name in each[0]}
 
     def action_digest(self) -> str:
         """Of every placement planned and every clock asked for, with their times."""
         parts = [f"{at_s!r} {placement!r}" for at_s, placement in self.placements]
-        parts.append(str(int(self.simulator.state.glob[0]["digest"])))
+        parts += [str(int(simulator.state.glob[0]["digest"])) for simulator in self._served]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -264,18 +347,17 @@ def run(job: RunJob) -> RunOutcome:
 
 def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: str) -> RunOutcome:
     """A finished rollout as rows, arrays and provenance."""
-    scenario, simulator = rollout.scenario, rollout.simulator
-    requests = simulator.requests()
-    measured = measure(
-        requests, counted, scenario.slo, scenario.tpot_definition, scenario.cluster.serving_overhead_ms * 1e-3
-    )
+    scenario = rollout.scenario
+    requests = rollout.ledger()
+    overhead_s = scenario.cluster.serving_overhead_ms * 1e-3
+    measured = measure(requests, counted, scenario.slo, scenario.tpot_definition, overhead_s)
     row: dict[str, float | int | str] = {
         "scenario": job.scenario_name,
-        "controller": job.controller,
+        "controller": job.controller_name,
         "seed": job.seed,
         "split": job.played_split,
         **measured.row,
-        **{f"requests_{name}": count for name, count in simulator.counts().items()},
+        **{f"requests_{name}": count for name, count in rollout.counts().items()},
         "end_s": float(np.nanmax(requests.finish_s)) if requests.finished.any() else float("nan"),
         "slo_ttft_s": scenario.slo.ttft_s,
         "slo_tpot_s": scenario.slo.tpot_s,
@@ -295,7 +377,20 @@ def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: s
         row=row,
         action_digest=rollout.action_digest(),
         provenance=provenance,
-        timeline=rollout.timeline.arrays(simulator.lanes),
+        timeline=rollout.timeline.arrays(rollout.lanes),
+        windows=_window_figures(rollout, requests, overhead_s),
         ttft_s=measured.ttft_s,
         tpot_s=measured.tpot_s,
     )
+
+
+def _window_figures(rollout: Rollout, requests: RequestLedger, overhead_s: float) -> dict[str, npt.NDArray[Any]]:
+    """Figures of each window by name, [W]; what arrives at a border belongs to the later window."""
+    scenario, windows = rollout.scenario, rollout.windows
+    rows: list[dict[str, float | int]] = []
+    for number, counted in enumerate(windows):
+        until_s = counted.end_s if number + 1 < len(windows) else np.inf
+        own = requests.arrived(counted.start_s, until_s)
+        measured = measure(own, counted, scenario.slo, scenario.tpot_definition, overhead_s)
+        rows.append({"start_s": counted.start_s, "end_s": counted.end_s, **measured.row})
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

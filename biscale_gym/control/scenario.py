@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ class ScenarioSettings(Settings):
         warmup_s: what is not counted at the start.
         drain_limit_s: how long after the last arrival unfinished requests are waited for.
         window_s: coarse period, tier 1's.
+        window_start: how a window begins: with the queues that the last one left (``carried``), or on an idle cluster
+            that serves this window's arrivals alone, the first ``warmup_s`` of each not counted (``steady-state``).
         slo: on P99 TTFT and P99 TPOT.
         cluster: the GPUs and the engine's rules.
         clocks_mhz: the controllers' candidate clocks.
@@ -47,6 +49,7 @@ class ScenarioSettings(Settings):
     warmup_s: NonNegative = 30.0
     drain_limit_s: NonNegative = 600.0
     window_s: Positive = 300.0
+    window_start: Literal["carried", "steady-state"] = "carried"
     slo: SloSettings
     cluster: ClusterSettings = ClusterSettings()
     clocks_mhz: Annotated[tuple[int, ...], Field(min_length=1)]
@@ -63,6 +66,10 @@ class ScenarioSettings(Settings):
             raise ValueError(f"duration_s ({self.duration_s}) must exceed warmup_s ({self.warmup_s})")
         if list(self.clocks_mhz) != sorted(set(self.clocks_mhz)):
             raise ValueError(f"clocks_mhz must ascend without repeats, got {list(self.clocks_mhz)}")
+        if self.window_start == "steady-state" and self.window_s <= self.warmup_s:
+            raise ValueError(
+                f"window_s ({self.window_s}) must exceed warmup_s ({self.warmup_s}) in steady-state windows"
+            )
         return self
 
 

@@ -69,6 +69,7 @@ def record_of(record_id: str, job: RunJob, outcome: RunOutcome) -> tuple[Record,
     """An outcome as it is kept: the record, and the arrays beside it."""
     arrays = {"ttft_s": outcome.ttft_s, "tpot_s": outcome.tpot_s}
     arrays |= {f"timeline_{name}": values for name, values in outcome.timeline.items()}
+    arrays |= {f"window_{name}": values for name, values in outcome.windows.items()}
     record = Record(
         id=record_id,
         job=job.model_dump(mode="json"),
@@ -131,7 +132,7 @@ def _recorded(store: RecordStore) -> dict[str, Record]:
 
 def label(job: RunJob) -> str:
     """A job's name in messages."""
-    return f"{job.scenario_name} {job.controller} seed {job.seed}"
+    return f"{job.scenario_name} {job.controller_name} seed {job.seed}"
 
 
 def fault_messages(faults: Sequence[tuple[RunJob, Fault]]) -> list[str]:

@@ -7,7 +7,8 @@ imported only when a plot is asked for, and draws without a display.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from biscale_gym.evaluation.faults import EvaluationError
 from biscale_gym.evaluation.records import RecordStore
 from biscale_gym.evaluation.summary import REFERENCE, Summary, quantile
+from biscale_gym.evaluation.windows import IDLE, clock_shares, mean_clock_shares, over_seeds, window_arrays
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,8 +36,9 @@ _WIDEST_IN_SLO = 3.0
 _LABELLED_ROWS = 16
 _COLUMNS = 180
 _LEAST_CLOCK = 0.3
-_LINES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW, "#000000")
+COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW, "#000000")
 _DASHES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+KINDS = ("energy", "latency", "windows", "clocks", "timeline")
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -49,12 +52,12 @@ _STYLE: Any = {
 }
 
 
-def write_plots(summaries: Sequence[Summary], store: RecordStore, folder: Path) -> list[Path]:
-    """Writes every plot of the matrix; returns the files.
+@contextmanager
+def drawing(folder: Path) -> Iterator[None]:
+    """Sets matplotlib up for figures in ``folder``, which is made.
 
     Raises:
         EvaluationError: matplotlib is not installed.
-        RecordsError: a run's timeline is missing or altered.
     """
     try:
         import matplotlib as mpl
@@ -62,22 +65,47 @@ def write_plots(summaries: Sequence[Summary], store: RecordStore, folder: Path) 
         raise EvaluationError("plots need matplotlib: pip install 'biscale-gym[plots]', or --no-plots") from error
     mpl.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     with mpl.rc_context(_STYLE):
+        yield
+
+
+def write_plots(
+    summaries: Sequence[Summary], store: RecordStore, folder: Path, kinds: Sequence[str] = KINDS
+) -> list[Path]:
+    """Writes the plots of these kinds (of ``KINDS``) for every scenario; returns the files.
+
+    Raises:
+        EvaluationError: matplotlib is not installed.
+        RecordsError: a run's timeline is missing or altered.
+    """
+    written: list[Path] = []
+    with drawing(folder):
         for scenario in dict.fromkeys(summary.scenario for summary in summaries):
             own = [summary for summary in summaries if summary.scenario == scenario]
             stem = _short(scenario).replace(" ", "-").replace("/", "_")
-            written += _save(energy_bars(own), folder / f"{stem}-energy")
-            written += _save(latency_distributions(own), folder / f"{stem}-latency")
-            for summary in own:
-                timeline = {
-                    name.removeprefix("timeline_"): values
-                    for name, values in store.arrays(summary.records[0]).items()
-                    if name.startswith("timeline_")
-                }
-                written += _save(
-                    timelines(summary, timeline), folder / f"{stem}-{file_name(summary.controller)}-timeline"
+            if "energy" in kinds:
+                written += save(energy_bars(own), folder / f"{stem}-energy")
+            if "latency" in kinds:
+                written += save(latency_distributions(own), folder / f"{stem}-latency")
+            if not {"windows", "clocks", "timeline"} & set(kinds):
+                continue
+            arrays = [[store.arrays(record) for record in summary.records] for summary in own]
+            if "windows" in kinds:
+                written += save(
+                    window_figures(own, [list(map(window_arrays, each)) for each in arrays]), folder / f"{stem}-windows"
                 )
+            if "clocks" in kinds:
+                shares = [mean_clock_shares([clock_shares(one) for one in each]) for each in arrays]
+                written += save(clock_figure(own, shares), folder / f"{stem}-clocks")
+            if "timeline" in kinds:
+                for summary, (first, *_) in zip(own, arrays, strict=True):
+                    prefix = "timeline_"
+                    timeline = {
+                        name.removeprefix(prefix): values for name, values in first.items() if name.startswith(prefix)
+                    }
+                    written += save(
+                        timelines(summary, timeline), folder / f"{stem}-{file_name(summary.controller)}-timeline"
+                    )
     return written
 
 
@@ -165,7 +193,7 @@ def _distribution(panel: Any, own: Sequence[Summary], name: str, slo_ms: float) 
             continue
         beyond = 1.0 - (np.arange(len(values)) + 0.5) / len(values)
         p99 = quantile(values, 0.99)
-        colour, dash = _LINES[index % len(_LINES)], _DASHES[index % len(_DASHES)]
+        colour, dash = COLOURS[index % len(COLOURS)], _DASHES[index % len(_DASHES)]
         panel.plot(
             values, beyond, color=colour, linestyle=dash, linewidth=1.7, label=f"{summary.controller}: P99 {p99:.0f} ms"
         )
@@ -237,6 +265,77 @@ def timelines(summary: Summary, timeline: Mapping[str, npt.NDArray[Any]]) -> Any
     return figure
 
 
+def window_figures(own: Sequence[Summary], windows: Sequence[Sequence[Mapping[str, Floats]]]) -> Any:
+    """Joules per token and P99 of every window of one scenario, a line per controller, with intervals over the seeds.
+
+    ``windows``: per summary and record the figures of ``windows.window_arrays``.
+    """
+    import matplotlib.pyplot as plt
+
+    slo = own[0].slo
+    quantities = (
+        ("prefill_j_per_token", "prefill: joules per prompt token", 1.0, None),
+        ("decode_j_per_token", "decode: joules per output token", 1.0, None),
+        ("ttft_p99_s", "P99 TTFT (ms)", 1e3, slo.ttft_s),
+        ("tpot_p99_s", "P99 TPOT (ms)", 1e3, slo.tpot_s),
+    )
+    figure, panels = plt.subplots(2, 2, figsize=(10.4, 6.4), sharex=True, layout="constrained")
+    figure.suptitle(f"{_heading(own)}: by window", fontsize=11)
+    for panel, (metric, title, scale, target_s) in zip(panels.flat, quantities, strict=True):
+        for index, (summary, each) in enumerate(sorted(zip(own, windows, strict=True), key=lambda s: s[0].controller)):
+            middles_s = (each[0]["start_s"] + each[0]["end_s"]) / 2.0
+            intervals = over_seeds(each, metric)
+            panel.errorbar(
+                middles_s,
+                [scale * one.value for one in intervals],
+                [scale * float(np.nan_to_num(one.high - one.value)) for one in intervals],
+                color=COLOURS[index % len(COLOURS)],
+                linestyle=_DASHES[index % len(_DASHES)],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=summary.controller,
+            )
+        if target_s is not None:
+            panel.axhline(scale * target_s, color=_VERMILION, linewidth=1.4)
+        panel.set_title(title)
+        panel.set_ylim(bottom=0.0)
+        panel.grid(color="#E8E8E8")
+    for panel in panels[1]:
+        panel.set_xlabel("time (s)")
+    panels[0][1].legend(frameon=False)
+    return figure
+
+
+def clock_figure(own: Sequence[Summary], shares: Sequence[Mapping[str, Mapping[int, float]]]) -> Any:
+    """Share of each phase's GPU time working at each clock, and without work: a bar per controller, a panel per phase.
+
+    ``shares``: per summary what ``windows.mean_clock_shares`` gives.
+    """
+    import matplotlib.pyplot as plt
+
+    clocks = sorted({clock for each in shares for phase in each.values() for clock in phase} - {IDLE})
+    colours: dict[int, Any] = dict(
+        zip(clocks, plt.get_cmap("viridis")(np.linspace(0.0, 1.0, len(clocks))), strict=True)
+    )
+    figure, panels = plt.subplots(1, 2, figsize=(5.6 + 1.2 * len(own), 4.0), sharey=True, layout="constrained")
+    figure.suptitle(f"{_heading(own)}: clocks", fontsize=11)
+    for panel, phase in zip(panels, ("prefill", "decode"), strict=True):
+        base: Floats = np.zeros(len(own))
+        for clock in (*clocks, IDLE):
+            height = np.array([100.0 * each[phase].get(clock, 0.0) for each in shares])
+            colour, name = (_GREY, "no work") if clock == IDLE else (colours[clock], f"{clock} MHz")
+            panel.bar(range(len(own)), height, 0.62, bottom=base, color=colour, edgecolor="white", label=name)
+            base = base + height
+        panel.set_title(f"{phase} GPUs")
+        panel.set_xticks(range(len(own)), [summary.controller for summary in own])
+        panel.tick_params(axis="x", length=0)
+    panels[0].set_ylabel("share of GPU time (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
+    return figure
+
+
 def _bins(time_s: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Columns wide enough to be seen: their edges, seconds, float64[B + 1], and the first sample of each, int64[B]."""
     starts = np.arange(0, len(time_s), math.ceil(len(time_s) / _COLUMNS), dtype=np.int64)
@@ -270,7 +369,8 @@ def _heading(own: Sequence[Summary]) -> str:
     return f"{_short(first.scenario)} on {first.trace}, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def _save(figure: Any, stem: Path) -> list[Path]:
+def save(figure: Any, stem: Path) -> list[Path]:
+    """Writes a figure as PNG and SVG and closes it."""
     import matplotlib.pyplot as plt
 
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg")]

@@ -54,7 +54,7 @@ class Record:
     @property
     def name(self) -> str:
         """The run's name in messages."""
-        return f"{self.job['scenario']} {self.job['controller']} seed {self.job['seed']}"
+        return f"{self.row['scenario']} {self.row['controller']} seed {self.row['seed']}"
 
 
 class RecordStore:

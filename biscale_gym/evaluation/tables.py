@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -47,7 +47,12 @@ def grids(summaries: Sequence[Summary]) -> Iterator[Grid]:
 
 def print_tables(summaries: Sequence[Summary], console: Console) -> None:
     """The tables in the terminal."""
-    for grid in grids(summaries):
+    print_grids(grids(summaries), console)
+
+
+def print_grids(grids: Iterable[Grid], console: Console) -> None:
+    """Any tables in the terminal."""
+    for grid in grids:
         table = Table(title=grid.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(grid.header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
@@ -58,8 +63,13 @@ def print_tables(summaries: Sequence[Summary], console: Console) -> None:
 
 def markdown(summaries: Sequence[Summary]) -> str:
     """The tables in Markdown, each under its title."""
+    return grids_markdown(grids(summaries))
+
+
+def grids_markdown(grids: Iterable[Grid]) -> str:
+    """Any tables in Markdown, each under its title."""
     parts = []
-    for grid in grids(summaries):
+    for grid in grids:
         rule = [":--", *["--:"] * (len(grid.header) - 1)]
         lines = ["| " + " | ".join(cells) + " |" for cells in (grid.header, rule, *grid.rows)]
         parts.append(f"**{grid.title}**\n\n" + "\n".join(lines))

@@ -11,12 +11,13 @@ from numba import njit
 from biscale_gym.cluster.placement import InstanceSpec, Placement, PlacementError
 from biscale_gym.cluster.policy import POLICY_SIGNATURE
 from biscale_gym.cluster.simulator import PhasePolicy, PolicyError, lowest_idle_power_w
+from biscale_gym.config import ConfigError
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, run
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.control.workload import requests_for
 from biscale_gym.profiles import Profile, load_profile
-from biscale_gym.traces import Trace, write_trace
+from biscale_gym.traces import Trace, TraceError, write_trace
 
 INSTANCES = [{"phase": "prefill", "tp": 2, "count": 2}, {"phase": "decode", "tp": 4, "count": 2}]
 JOB = RunJob(
@@ -78,6 +79,7 @@ def assert_equal(one: RunOutcome, other: RunOutcome) -> None:
     np.testing.assert_array_equal(one.tpot_s, other.tpot_s)
     for name, values in one.timeline.items():
         np.testing.assert_array_equal(values, other.timeline[name])
+    np.testing.assert_equal(one.windows, other.windows)
 
 
 @pytest.mark.parametrize("job", [JOB, RunJob(scenario="smoke", controller=OWN)], ids=["static", "own"])
@@ -160,6 +162,80 @@ def test_a_recorded_trace_counts_to_its_last_arrival_and_its_drain_is_served(tmp
     assert row["requests_judged"] == (np.linspace(0.0, 40.0, 200) >= 5.0).sum()
     assert row["end_s"] > 40.0
     assert (row["requests_arrived"], row["requests_finished"], row["requests_in_flight"]) == (200, 200, 0)
+
+
+def test_windows_add_up_to_the_run() -> None:
+    outcome = run(RunJob(scenario="smoke", controller=OWN))
+    windows, row = outcome.windows, outcome.row
+    assert windows["start_s"].tolist() == [5.0, 20.0, 40.0]
+    assert windows["end_s"].tolist() == [20.0, 40.0, 60.0]
+    for name in ("prefill_energy_j", "decode_energy_j", "unallocated_energy_j", "prompt_tokens", "requests_judged"):
+        assert windows[name].sum() == pytest.approx(row[name], rel=1e-12), name
+    assert windows["ttft_p99_s"].max() >= row["ttft_p99_s"]
+
+
+def test_a_request_at_a_border_is_judged_once(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    write_trace(Trace(np.arange(0.0, 61.0), np.full(61, 900), np.full(61, 40)), path)
+    outcome = run(JOB.model_copy(update={"trace": str(path)}))
+    assert outcome.windows["requests_judged"].tolist() == [15, 20, 21]
+    assert outcome.row["requests_judged"] == 56
+
+
+STEADY = {**JOB.overrides, "window_start": "steady-state"}
+
+
+def test_a_steady_window_is_served_alone(tmp_path: Path) -> None:
+    """More prompts than prefill can do arrive late in the first window: only where queues are carried do they wait."""
+    path = tmp_path / "t.csv"
+    burst_s = np.concatenate([np.arange(0.0, 19.0), np.linspace(19.0, 19.9, 300), np.arange(21.0, 60.0)])
+    write_trace(Trace(burst_s, np.full(len(burst_s), 4000), np.full(len(burst_s), 40)), path)
+    carried, steady = (
+        run(JOB.model_copy(update={"trace": str(path), "overrides": {**JOB.overrides, "window_start": start}}))
+        for start in ("carried", "steady-state")
+    )
+    assert carried.windows["ttft_p99_s"][1] > 1.0
+    assert steady.windows["ttft_p99_s"][1] < 0.5
+    assert steady.windows["start_s"].tolist() == [5.0, 25.0, 45.0]
+    # No clock changes and nothing was carried into it: the first window is the same in both.
+    for name in ("prefill_energy_j", "decode_energy_j", "ttft_p99_s", "tpot_p99_s", "requests_judged"):
+        assert steady.windows[name][0] == pytest.approx(carried.windows[name][0], rel=1e-12), name
+    assert steady.row["requests_judged"] == steady.windows["requests_judged"].sum()
+    assert steady.row["requests_judged"] == sum(
+        ((burst_s >= a) & (burst_s < b)).sum() for a, b in ((5, 20), (25, 40), (45, 60))
+    )
+    assert steady.row["requests_finished"] == steady.row["requests_arrived"] == len(burst_s)
+    counted_s = 15.0 + 15.0 + (burst_s[-1] - 45.0)
+    assert steady.row["total_energy_j"] == pytest.approx(float(steady.row["mean_power_w"]) * counted_s, rel=1e-12)
+
+
+def test_steady_windows_are_planned_as_carried_ones_are() -> None:
+    job = RunJob(scenario="smoke", controller=OWN)
+    carried, steady = run(job), run(job.model_copy(update={"overrides": {"window_start": "steady-state"}}))
+    assert steady.provenance["placements"] == carried.provenance["placements"]
+    assert steady.timeline["label"].tolist() == [
+        *("prefill 0 TP2", "prefill 1 TP2", "decode 2 TP4", "decode 3 TP4"),
+        *("prefill 4 TP2", "decode 5 TP4", "decode 6 TP4"),
+        *("prefill 7 TP2", "prefill 8 TP2", "decode 9 TP4", "decode 10 TP4"),
+    ]
+    middle = np.searchsorted(steady.timeline["time_s"], 30.0)
+    assert np.flatnonzero(np.isfinite(steady.timeline["clock_mhz"][middle])).tolist() == [4, 5, 6]
+    assert_equal(run(job.model_copy(update={"overrides": {"window_start": "steady-state"}})), steady)
+
+
+def test_a_steady_window_needs_arrivals(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    write_trace(Trace(np.array([0.0, 10.0, 45.0, 60.0]), np.full(4, 900), np.full(4, 40)), path)
+    with pytest.raises(TraceError, match="has no arrival from 20 to 40 s"):
+        run(JOB.model_copy(update={"trace": str(path), "overrides": STEADY}))
+    with pytest.raises(ConfigError, match="must exceed warmup_s"):
+        run(JOB.model_copy(update={"overrides": {**STEADY, "window_s": 5.0}}))
+
+
+def test_rows_name_the_controllers_settings() -> None:
+    job = RunJob(scenario="smoke", controller="biscale", controller_settings={"tier1": {"margin": 0.0}, "preset": "x"})
+    assert job.controller_name == "biscale tier1.margin=0.0 preset=x"
+    assert RunJob(scenario="smoke", controller="biscale").controller_name == "biscale"
 
 
 def test_what_a_controller_does_wrong_is_named() -> None:

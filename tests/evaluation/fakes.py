@@ -19,8 +19,9 @@ NOTES: dict[str, list[str]] = {
     "place-only": [],
     "biscale": ["window 3: least violation taken"],
     "reckless": [],
+    "max-clock": [],
 }
-SAVINGS = {"distserve": 1.0, "place-only": 0.75, "biscale": 0.65, "reckless": 0.5}
+SAVINGS = {"distserve": 1.0, "place-only": 0.75, "biscale": 0.65, "reckless": 0.5, "max-clock": 1.25}
 
 
 def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcome:
@@ -38,7 +39,7 @@ def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcom
     }
     row: dict[str, float | int | str] = {
         "scenario": job.scenario_name,
-        "controller": job.controller,
+        "controller": job.controller_name,
         "seed": job.seed,
         "split": job.played_split,
         "prefill_energy_j": float(prefill),
@@ -70,9 +71,11 @@ def outcome_of(job: RunJob, requests: int = 400, samples: int = 50) -> RunOutcom
             "config_hash": "c0ffee",
             "trace_name": "fake",
             "trace_hash": "beef",
+            "placements": [[0.0, "3×P TP2@1110 + 2×D TP4@930"]],
             "notes": NOTES[job.controller],
         },
         timeline=_timeline(rng, samples),
+        windows=_windows(factor, float(prefill), float(decode)),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
     )
@@ -89,6 +92,23 @@ def _timeline(rng: np.random.Generator, samples: int) -> dict[str, np.ndarray]:
         "batch": np.floor(4 * walk),
         "power_w": 400.0 + 30.0 * walk,
         "label": np.array(labels),
+    }
+
+
+def _windows(factor: float, prefill_j: float, decode_j: float) -> dict[str, np.ndarray]:
+    """Two windows; ``reckless`` (the least factor) breaks TTFT in the second."""
+    late_s = 0.9 if factor == SAVINGS["reckless"] else 0.5
+    return {
+        "prefill_energy_j": prefill_j * np.array([0.25, 0.75]),
+        "decode_energy_j": decode_j * np.array([0.5, 0.5]),
+        "start_s": np.array([30.0, 900.0]),
+        "end_s": np.array([900.0, 1800.0]),
+        "prefill_j_per_token": factor * np.array([2.0, 4.0]),
+        "decode_j_per_token": factor * np.array([6.0, 8.0]),
+        "ttft_p99_s": np.array([0.4, late_s]),
+        "tpot_p99_s": np.array([0.05, 0.09]),
+        "ttft_attainment": np.array([1.0, 0.995]),
+        "tpot_attainment": np.array([1.0, 1.0]),
     }
 
 
@@ -120,3 +140,9 @@ def run_otherwise(job: RunJob) -> RunOutcome:
     """Answers with another energy than ``run``."""
     outcome = outcome_of(job)
     return replace(outcome, row={**outcome.row, "total_energy_j": 1.0})
+
+
+def run_slowly(job: RunJob) -> RunOutcome:
+    """Takes a while."""
+    time.sleep(0.3)
+    return outcome_of(job)

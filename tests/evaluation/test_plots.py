@@ -7,9 +7,18 @@ import pytest
 
 from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.matrix import record_of
-from biscale_gym.evaluation.plots import energy_bars, file_name, latency_distributions, timelines, write_plots
+from biscale_gym.evaluation.plots import (
+    clock_figure,
+    energy_bars,
+    file_name,
+    latency_distributions,
+    timelines,
+    window_figures,
+    write_plots,
+)
 from biscale_gym.evaluation.records import RecordStore
 from biscale_gym.evaluation.summary import Summary, summarise
+from biscale_gym.evaluation.windows import clock_shares, window_arrays
 
 from .fakes import outcome_of
 
@@ -27,9 +36,34 @@ def summaries(make_jobs: Make, store: RecordStore) -> list[Summary]:
 
 def test_every_plot_is_written_as_png_and_svg(summaries: list[Summary], store: RecordStore, tmp_path: Path) -> None:
     files = write_plots(summaries, store, tmp_path / "plots")
-    kinds = ["energy", "latency", "biscale-timeline", "distserve-timeline", "reckless-timeline"]
+    kinds = ["energy", "latency", "windows", "clocks", "biscale-timeline", "distserve-timeline", "reckless-timeline"]
     assert [file.name for file in files] == [f"tiny-{kind}.{suffix}" for kind in kinds for suffix in ("png", "svg")]
     assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_only_the_kinds_asked_for_are_drawn(summaries: list[Summary], store: RecordStore, tmp_path: Path) -> None:
+    files = write_plots(summaries, store, tmp_path / "plots", ("clocks",))
+    assert [file.name for file in files] == ["tiny-clocks.png", "tiny-clocks.svg"]
+
+
+def test_windows_are_drawn_with_the_slo(summaries: list[Summary], store: RecordStore) -> None:
+    windows = [[window_arrays(store.arrays(record)) for record in summary.records] for summary in summaries]
+    prefill, _, ttft, tpot = window_figures(summaries, windows).axes
+    assert [container.get_label() for container in prefill.containers] == ["biscale", "distserve", "reckless"]
+    drawn = {container.get_label(): container.lines[0].get_ydata().tolist() for container in ttft.containers}
+    assert drawn == {
+        summary.controller: (1e3 * each[0]["ttft_p99_s"]).tolist()
+        for summary, each in zip(summaries, windows, strict=True)
+    }
+    for panel, slo_ms in ((ttft, 600.0), (tpot, 100.0)):
+        assert slo_ms in [line.get_ydata()[0] for line in panel.get_lines()]
+
+
+def test_the_clocks_bars_fill_the_time(summaries: list[Summary], store: RecordStore) -> None:
+    shares = [clock_shares(store.arrays(summary.records[0])) for summary in summaries]
+    for panel in clock_figure(summaries, shares).axes:
+        for index in range(len(summaries)):
+            assert sum(bars[index].get_height() for bars in panel.containers) == pytest.approx(100.0)
 
 
 def test_the_bars_add_up_to_the_total(summaries: list[Summary]) -> None:
