@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger
-from biscale_gym.cluster.placement import PHASES, Lane, Placement
+from biscale_gym.cluster.placement import PHASES, Lane, Phase, Placement
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.cluster.state import PREFILL
 from biscale_gym.config import Settings, config_hash
@@ -143,6 +144,9 @@ class Rollout:
         requests: the trace, and what planners learn from.
         seed: of the cluster's random numbers.
         profile: what iterations truly cost; the scenario's if None.
+        only: serve this phase alone (see ``Simulator``).
+        control_interval_s: ask the clock policies about every instance at multiples of this, at no other time; None: at
+            the engine's decision points.
 
     Attributes:
         simulator: the cluster that serves now; with steady-state windows every window has its own.
@@ -157,8 +161,12 @@ class Rollout:
         requests: Requests,
         seed: int = 0,
         profile: Profile | None = None,
+        only: Phase | None = None,
+        control_interval_s: float | None = None,
     ) -> None:
         cluster = scenario.cluster
+        self._only: Phase | None = only
+        self._interval_s = control_interval_s
         self.controller = controller
         self.scenario = scenario
         self.requests = requests
@@ -207,9 +215,10 @@ class Rollout:
             self.scenario.slo,
             seed,
             predicted=self.predicted,
+            only=self._only,
         )
         self._served.append(simulator)
-        simulator.set_policies(*self._policies())
+        simulator.set_policies(*self._policies(), only_when_told=self._interval_s is not None)
         return simulator
 
     @property
@@ -295,8 +304,11 @@ class Rollout:
         grid_s = np.linspace(0.0, self.end_s, TIMELINE_SAMPLES, endpoint=False)
         samples = set(grid_s[(grid_s >= start_s) & (grid_s < stop_s)].tolist())
         start: InstanceLedger | None = None
-        for at_s in sorted(samples | {start_s, from_s, stop_s}):
+        asked = set(self._intervals_s(start_s, stop_s))
+        for at_s in sorted(samples | asked | {start_s, from_s, stop_s}):
             self.simulator.run(at_s)
+            if at_s in asked:
+                self.simulator.ask_everyone()
             if at_s == from_s:
                 start = self.simulator.instances()
             if at_s in samples:
@@ -305,6 +317,13 @@ class Rollout:
         if drained:
             self.simulator.run()
         return Counted(from_s, self.simulator.now_s, self.simulator.instances().since(start))
+
+    def _intervals_s(self, start_s: float, stop_s: float) -> list[float]:
+        """Multiples of the control interval in [start_s, stop_s)."""
+        if self._interval_s is None:
+            return []
+        numbers = range(math.ceil(start_s / self._interval_s) - 1, math.ceil(stop_s / self._interval_s) + 1)
+        return [at_s for at_s in (number * self._interval_s for number in numbers) if start_s <= at_s < stop_s]
 
     def ledger(self) -> RequestLedger:
         """The requests' ledger over all windows."""

@@ -53,6 +53,10 @@ class SimulationSettings(Settings):
     slo: SloSettings = SloSettings(ttft_s=0.6, tpot_s=0.1)
     clocks_mhz: tuple[int, ...] = ()
     warmup_s: Annotated[float, Field(ge=0)] = 0.0
+    phases: Literal["both", "prefill", "decode"] = "both"
+    """``prefill``: requests are done at their first token; ``decode``: they arrive with it, and with their KV."""
+    control_interval_s: Annotated[float, Field(gt=0)] | None = None
+    """Ask the clock policies about every instance at multiples of this, at no other time."""
 
 
 class StatedPlacement:
@@ -142,7 +146,8 @@ def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed:
     controller = StatedPlacement(stated, policy, _policies(policy))
     has_rate = requests.arrival_s[0] < requests.arrival_s[-1]
     served = Requests(requests, requests, requests.rate_rps if has_rate else 0.0, requests.duration_s)
-    rollout = Rollout(controller, scenario, served, seed, profile)
+    only = None if settings.phases == "both" else settings.phases
+    rollout = Rollout(controller, scenario, served, seed, profile, only, settings.control_interval_s)
     counted = rollout.run(count_drain=True)
     job = RunJob(scenario=str(placement), controller=policy, seed=seed, trace=str(trace))
     return outcome_of(rollout, counted, job, config_hash(scenario))

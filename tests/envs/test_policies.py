@@ -14,6 +14,9 @@ from biscale_gym.cluster.placement import PHASES, Placement
 from biscale_gym.cluster.policy import policy
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.control.controllers import PlanContext, make_controller
+from biscale_gym.control.rollout import Rollout
+from biscale_gym.control.simulate import StatedPlacement
+from biscale_gym.control.workload import Requests
 from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.policies import ControllerPolicy, HighestClock
 
@@ -175,6 +178,34 @@ def test_a_cluster_is_played_as_in_the_simulator(name: str, randomisation: str |
     made = controller(name)
     play(env, ControllerPolicy(made, env), seed=11)
     assert_same(env, simulated(env, policies_of(env, made), None, 0.1))
+
+
+@pytest.mark.parametrize("env_id", ["BiScale/Prefill-v0", "BiScale/Decode-v0", "BiScale/Cluster-v0"])
+def test_an_environment_is_played_as_simulate_plays_it(env_id: str) -> None:
+    """Through the very rollout of ``biscale-gym simulate``, with its stops for samples and windows."""
+    overrides = {**OVERRIDES, "warmup_s": 0.0}
+    settings: dict[str, Any] = {"scenario": "smoke", "overrides": overrides, "episode_s": 15.0}
+    only: Any = {"BiScale/Prefill-v0": "prefill", "BiScale/Decode-v0": "decode"}.get(env_id)
+    if only is not None:
+        settings["decision_points"] = POINTS if only == "prefill" else ("boundary", "idle")
+    env = gymnasium.make(env_id, **settings)
+    play(env, ControllerPolicy("biscale", env), seed=2)
+    setting, episode = env.unwrapped.setting, env.unwrapped.episode
+    placement = setting.placement
+    if only is not None:
+        placement = Placement((placement.of(only)[episode.instance],))
+    stated = StatedPlacement(placement, "biscale", make_controller("biscale").policies)
+    served = Requests(episode.requests, setting.source.training(), 20.0, episode.end_s)
+    interval_s = 0.1 if only is None else None
+    rollout = Rollout(stated, setting.scenario, served, episode.cluster_seed, None, only, interval_s)
+    energy = rollout.run().energy
+    mine, others = env.unwrapped.simulator, rollout.simulator
+    np.testing.assert_array_equal(mine.instances().energy_j, energy.energy_j)
+    assert mine.instances().unallocated_j == energy.unallocated_j
+    done = mine.requests().finish_s < episode.end_s
+    assert done.sum() > 50
+    for name in ("first_token_s", "finish_s"):
+        np.testing.assert_array_equal(getattr(mine.requests(), name)[done], getattr(others.requests(), name)[done])
 
 
 def test_the_highest_clock_of_the_environment_is_max_clock() -> None:
