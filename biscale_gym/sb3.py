@@ -181,14 +181,9 @@ def make_vec_env(env_id: str, n_envs: int = 1, seed: int | None = None, **env_kw
         env_kwargs: settings of the environment.
 
     Raises:
-        EnvironmentUsageError: the id has no native vector environment.
+        gymnasium.error.Error: the id is unknown, or has no native vector environment.
         ConfigError: as the environment.
     """
-    if gymnasium.spec(env_id).vector_entry_point is None:
-        raise EnvironmentUsageError(
-            f"{env_id} has no native vector environment; stable_baselines3.common.env_util.make_vec_env steps one "
-            "single environment after another"
-        )
     envs = gymnasium.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs)
     vec_env = NativeVecEnv(envs)
     if seed is not None:

@@ -56,7 +56,7 @@ def check_environment(
     Raises:
         AssertionError: at the first step and entry that is wrong.
     """
-    checked = gymnasium.make(env_id, disable_env_checker=True, **settings).unwrapped
+    checked = _made(env_id, settings).unwrapped
     check_env(checked)
     if importlib.util.find_spec("stable_baselines3") is not None:
         from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
@@ -65,7 +65,7 @@ def check_environment(
     check_reset_equals_fresh(env_id, seed=seed, steps=steps, actions=actions, **settings)
     check_snapshot(env_id, seed=seed, steps=steps, actions=actions, **settings)
     check_conservation(env_id, seed=seed, actions=actions, **settings)
-    if gymnasium.spec(env_id).vector_entry_point is not None:
+    if checked.spec is not None and checked.spec.vector_entry_point is not None:
         check_vector_equals_single(env_id, seed=seed, steps=steps, actions=actions, **settings)
     check_same_across_processes(env_id, seed=seed, steps=steps, actions=actions, **settings)
 
