@@ -50,6 +50,7 @@ class ClusterSetting(Setting):
                 )
         low, high = layout.bounds()
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.observation_names = layout.names()
         self.action_space = spaces.MultiDiscrete(np.full(layout.SLOTS, len(self.grid)))
 
     def _new_simulator(self, episode: Episode, predicted: Profile | None) -> Simulator:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_gym.cluster.placement import Phase
-from biscale_gym.envs.layout import Entry
+from biscale_gym.cluster.placement import PHASES, Phase
+from biscale_gym.envs.layout import Entry, numbered
 
 VERSION = 1
 """Of the layout: a policy trained on another one is refused."""
@@ -96,6 +96,17 @@ def all_entries() -> list[Entry]:
     """Every entry of every slot and the totals, in order."""
     slots = [slot_entries("prefill")] * SLOTS_PER_PHASE + [slot_entries("decode")] * SLOTS_PER_PHASE
     return [entry for slot in slots for entry in slot] + total_entries()
+
+
+def names() -> list[str]:
+    """A name for every number of the whole observation, e.g. ``prefill[0].clock`` or ``decode[7].slack[2]``."""
+    slots = [
+        f"{phase}[{slot}].{name}"
+        for phase in PHASES
+        for slot in range(SLOTS_PER_PHASE)
+        for name in numbered(slot_entries(phase))
+    ]
+    return slots + numbered(total_entries())
 
 
 def _bounds(entries: list[Entry]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -47,6 +47,7 @@ class InstanceSetting(Setting):
         super().__init__(scenario, settings)
         low, high = layout.bounds(self.phase, len(self.grid))
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.observation_names = layout.names(self.phase, len(self.grid))
         self.action_space = spaces.Discrete(len(self.grid))
         points = self.settings.decision_points
         asked = PhasePolicy(

@@ -103,10 +103,15 @@ def bounds(phase: Phase, clocks: int) -> tuple[NDArray[np.float32], NDArray[np.f
     return low.astype(np.float32), high.astype(np.float32)
 
 
-def names(phase: Phase, clocks: int) -> list[str]:
-    """A name for every number, e.g. ``tokens[3]``."""
+def numbered(entries: list[Entry]) -> list[str]:
+    """A name for every number of some entries, e.g. ``tokens[3]``."""
     return [
         entry.name if entry.size == 1 else f"{entry.name}[{number}]"
-        for entry in entries(phase, clocks)
+        for entry in entries
         for number in range(entry.size)
     ]
+
+
+def names(phase: Phase, clocks: int) -> list[str]:
+    """A name for every number of an instance's observation."""
+    return numbered(entries(phase, clocks))

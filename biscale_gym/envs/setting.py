@@ -74,6 +74,8 @@ class Setting(ABC):
 
     observation_space: spaces.Space[Any]
     action_space: spaces.Space[Any]
+    observation_names: list[str]
+    """A name for every number of the observation."""
 
     def __init__(self, scenario: str, settings: dict[str, Any]) -> None:
         overrides = settings.pop("overrides", None)

@@ -14,11 +14,12 @@ from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError, refused_action
 from biscale_gym.envs.setting import Setting
+from biscale_gym.envs.snapshots import Snapshots
 
 Observation = NDArray[np.float32]
 
 
-class SingleEnv(gymnasium.Env[Observation, Any]):
+class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
     """A modelled cluster, or one instance of it, that serves a scenario's workload.
 
     Observation: float32 vector of fixed scales. Action: indices into the scenario's clocks. Reward:
@@ -36,6 +37,7 @@ class SingleEnv(gymnasium.Env[Observation, Any]):
 
     metadata: dict[str, Any] = {"render_modes": [], "render_fps": 10}  # noqa: RUF012 - as Gymnasium declares it
     setting_type: ClassVar[type[Setting]]
+    _changing = ("episode", "_start", "_lane", "_obs", "_terms", "_over")
 
     def __init__(self, scenario: str = "paper-67", render_mode: str | None = None, **settings: Any) -> None:
         self.setting = self.setting_type(scenario, settings)
@@ -65,6 +67,11 @@ class SingleEnv(gymnasium.Env[Observation, Any]):
         """The instance in each slot of a cluster environment: int64[SLOTS], -1: none."""
         slots: NDArray[np.int64] = self._lane[0]["slots"].copy()
         return slots
+
+    @property
+    def observation_names(self) -> list[str]:
+        """A name for every number of the observation, e.g. ``tokens[3]``."""
+        return self.setting.observation_names
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
