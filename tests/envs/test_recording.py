@@ -152,6 +152,14 @@ def test_the_first_step_that_differs_is_named(record: Path) -> None:
         replay(rewritten(record, change))
 
 
+def test_joules_are_compared_too(record: Path) -> None:
+    def change(lines: list[Any]) -> None:
+        lines[6][2] = float(np.nextafter(lines[6][2], 0.0))
+
+    with pytest.raises(ReplayError, match=r"step 6 of \d+ differs: energy_j was"):
+        replay(rewritten(record, change))
+
+
 def test_another_action_shows_in_the_joules(record: Path) -> None:
     def change(lines: list[Any]) -> None:
         for line in lines[1:-1]:

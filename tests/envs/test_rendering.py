@@ -135,6 +135,35 @@ def test_prefill_slack_is_that_of_the_observation() -> None:
     assert told > 10
 
 
+def test_who_waits_longest_decides_the_prefill_slack() -> None:
+    env = make("BiScale/Cluster-v0")
+    env.reset(seed=1)
+    simulator = env.unwrapped.simulator
+    inst = simulator.state.inst[0]
+    while inst["batch_head"] < 0:
+        env.step(np.zeros(16, np.int64))
+    slack_s = read(simulator)[0].values[SLACK_S]
+    oldest_s = simulator.state.req["arrival_s"][inst["batch_head"]]
+    slo_s = env.unwrapped.setting.scenario.slo.ttft_s
+    assert slack_s == pytest.approx(slo_s - (simulator.now_s - oldest_s))
+    inst["queue_head"], inst["batch_head"] = inst["batch_head"], -1
+    assert read(simulator)[0].values[SLACK_S] == slack_s
+
+
+def test_going_back_in_time_begins_anew() -> None:
+    env = make("BiScale/Prefill-v0", "rgb_array")
+    env.reset(seed=1)
+    simulator = env.unwrapped.simulator
+    env.step(0)
+    before = simulator.snapshot()
+    for _ in range(5):
+        env.step(0)
+    simulator.restore(before)
+    env.step(0)
+    timeline = env.unwrapped._renderer._timeline
+    assert [len(track.series(timeline.now_s)[0]) for track in timeline.tracks.values()] == [1]
+
+
 def test_tracks_keep_the_window_and_no_more() -> None:
     track = Track("prefill 0", 10.0)
     times = np.linspace(0.0, 40.0, 20_000)

@@ -151,6 +151,14 @@ def test_lanes_reset_by_a_mask_begin_anew() -> None:
     np.testing.assert_array_equal(after[1, :size], after[1, size:])
 
 
+def test_wrapped_environments_are_made_from_their_spec() -> None:
+    env = History(SlackShaping(ClockDeltas(FrameSkip(make(DECODE), 2)), weight=3.0), 2)
+    again = gymnasium.make(env.spec)
+    assert str(again) == str(env)
+    np.testing.assert_array_equal(env.reset(seed=1)[0], again.reset(seed=1)[0])
+    assert env.step(2)[1] == again.step(2)[1]
+
+
 # -- actions -----------------------------------------------------------------------------------------------------------
 
 
@@ -286,12 +294,14 @@ def test_cost_constrained_is_the_energy_alone(env_id: str) -> None:
 
 
 def test_energy_per_request_is_above_zero_within_its_budget() -> None:
-    steps = play(make(PREFILL), lambda _: 1)
+    strict = {"overrides": {"slo.ttft_s": 0.05}}
+    steps = play(make(PREFILL, **strict), lambda _: 1)
     in_time = sum(info["completed"] - info["violations"] for *_, info in steps)
     joules = sum(info["energy_j"] for *_, info in steps)
+    assert 0 < in_time < sum(info["completed"] for *_, info in steps)
 
     def total(budget_j: float) -> float:
-        return sum(reward for _, reward, _ in play(EnergyPerRequest(make(PREFILL), budget_j), lambda _: 1))
+        return sum(reward for _, reward, _ in play(EnergyPerRequest(make(PREFILL, **strict), budget_j), lambda _: 1))
 
     paid = joules / in_time
     assert total(paid) == pytest.approx(0.0, abs=1e-9 * in_time)

@@ -128,7 +128,9 @@ class Timeline:
         self.tracks.clear()
 
     def sample(self, simulator: Simulator) -> None:
-        """Note what every instance is doing now."""
+        """Note what every instance is doing now. Where time has gone back, by a snapshot, the tracks begin anew."""
+        if simulator.now_s < self.now_s:
+            self.clear()
         self.now_s = simulator.now_s
         for number, reading in read(simulator).items():
             if number not in self.tracks:
