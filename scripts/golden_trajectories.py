@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 
 import biscale_gym  # noqa: F401 - registers the environments
-from biscale_gym.evaluation.fingerprint import arithmetic_differences, fingerprint, same_arithmetic
+from biscale_gym.fingerprint import arithmetic_differences, fingerprint, same_arithmetic
 from biscale_gym.testing.trajectories import Actions, names_of, play
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "envs" / "golden"

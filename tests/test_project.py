@@ -16,6 +16,8 @@ OPTIONAL = [
     "wandb",
     "matplotlib",
     "pandas",
+    "pygame",
+    "moviepy",
     "pyarrow",
     "sklearn",
     "stable_baselines3",
@@ -80,7 +82,7 @@ def test_every_dependency_has_a_tested_version() -> None:
     extras = project["optional-dependencies"]
     wanted = [
         *project["dependencies"],
-        *(r for name in ("plots", "parquet", "dev", "train", "scale") for r in extras[name]),
+        *(r for name in ("plots", "parquet", "render", "dev", "train", "scale") for r in extras[name]),
     ]
     names = {"".join(c if c.isalnum() or c in "-_" else " " for c in r).split()[0].lower() for r in wanted}
     assert names - pinned - {"biscale-gym"} == set()

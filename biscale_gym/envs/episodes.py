@@ -25,7 +25,8 @@ from biscale_gym.profiles.settings import RandomisationSettings, SwitchingSettin
 from biscale_gym.traces import Trace
 from biscale_gym.traces.operations import slice_time, thin
 
-OPTIONS = ("split", "start_s", "trace_seed", "load", "instance")
+OPTIONS = ("split", "start_s", "trace_seed", "load", "instance", "hardware_seed", "cluster_seed", "thinning_seed")
+SEEDS = 2**31
 KEPT_DEMANDS, KEPT_SHARES = 4, 256
 """Traces of the whole cluster, and of instances, that a source keeps at hand."""
 
@@ -46,6 +47,7 @@ class Episode:
         switching: how clocks truly switch; None: the cluster's preset.
         hardware_seed: of the hardware's draw; None: nominal.
         cluster_seed: of the cluster's random numbers.
+        thinning_seed: which requests are kept, where not all are.
     """
 
     split: str
@@ -60,10 +62,11 @@ class Episode:
     switching: SwitchingSettings | None
     hardware_seed: int | None
     cluster_seed: int
+    thinning_seed: int
 
     @property
     def info(self) -> dict[str, Any]:
-        """What ``reset`` reports."""
+        """What ``reset`` reports; given back as its options, it plays the same episode again."""
         info: dict[str, Any] = {
             "split": self.split,
             "trace_seed": self.trace_seed,
@@ -71,6 +74,7 @@ class Episode:
             "load": self.load,
             "instance": self.instance,
             "cluster_seed": self.cluster_seed,
+            "thinning_seed": self.thinning_seed,
         }
         if self.hardware_seed is not None:
             info["hardware_seed"] = self.hardware_seed
@@ -186,7 +190,7 @@ class EpisodeSource:
 
         Args:
             rng: drawn from, always in the same order and number.
-            options: ``split``, ``trace_seed``, ``load``, ``instance`` and ``start_s`` to be taken instead of drawn.
+            options: any of ``OPTIONS``, to be taken instead of drawn.
 
         Raises:
             ConfigError: an unknown option, or a value outside its range.
@@ -199,7 +203,8 @@ class EpisodeSource:
         drawn_load = float(rng.uniform(*self.settings.load))
         drawn_instance = int(rng.integers(self._instances))
         drawn_start = float(rng.random())
-        hardware_seed, cluster_seed, thinning_seed = (int(rng.integers(2**31)) for _ in range(3))
+        drawn_seeds = {name: int(rng.integers(SEEDS)) for name in ("hardware_seed", "cluster_seed", "thinning_seed")}
+        seed_of = {name: _whole(name, given.get(name, drawn), SEEDS) for name, drawn in drawn_seeds.items()}
         trace_seed = _whole("trace_seed", given.get("trace_seed", drawn_seed), seeds)
         load = float(given.get("load", drawn_load))
         if not 0.0 < load <= 1.0:
@@ -217,10 +222,10 @@ class EpisodeSource:
             )
         requests = slice_time(trace, start_s, start_s + length_s)
         if load < 1.0:
-            requests = thin(requests, load, thinning_seed)
+            requests = thin(requests, load, seed_of["thinning_seed"])
         profile, switching = self._profile, None
         if self._ranges is not None:
-            hardware = np.random.default_rng(hardware_seed)
+            hardware = np.random.default_rng(seed_of["hardware_seed"])
             profile = self._profile.randomised(hardware, self._ranges)
             switching = randomised_switching(self._nominal_switching, hardware, self._ranges)
         return Episode(
@@ -234,8 +239,9 @@ class EpisodeSource:
             end_s=length_s,
             profile=profile,
             switching=switching,
-            hardware_seed=hardware_seed if self._ranges is not None else None,
-            cluster_seed=cluster_seed,
+            hardware_seed=seed_of["hardware_seed"] if self._ranges is not None else None,
+            cluster_seed=seed_of["cluster_seed"],
+            thinning_seed=seed_of["thinning_seed"],
         )
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +251,8 @@ class EpisodeSource:
         split = options.get("split")
         if split is not None and split not in TRACES:
             raise ConfigError(f"no split {split!r}; {nearest(str(split), list(TRACES))}")
+        if options.get("hardware_seed") is not None and self._ranges is None:
+            raise ConfigError("reset option hardware_seed: hardware is drawn only where randomisation names a preset")
         return {name: value for name, value in options.items() if value is not None}
 
 

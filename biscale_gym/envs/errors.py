@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,4 +21,11 @@ def refused_action(action: Any, clocks_mhz: Sequence[int]) -> EnvironmentUsageEr
     return EnvironmentUsageError(
         f"action {wrong} is no clock index; the nearest is {min(max(int(wrong), 0), top)}; "
         f"valid: 0 to {top} ({list(clocks_mhz)} MHz)"
+    )
+
+
+def no_render_mode(metadata: Mapping[str, Any]) -> EnvironmentUsageError:
+    """The error for ``render`` of an environment that was made without a render mode."""
+    return EnvironmentUsageError(
+        f"render: this environment was made without a render_mode; make it with one of {metadata['render_modes']}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -12,9 +12,12 @@ from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
 from biscale_gym.cluster.ledger import InstanceLedger
 from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.envs.episodes import Episode
-from biscale_gym.envs.errors import EnvironmentUsageError, refused_action
+from biscale_gym.envs.errors import EnvironmentUsageError, no_render_mode, refused_action
 from biscale_gym.envs.setting import Setting
 from biscale_gym.envs.snapshots import Snapshots
+
+if TYPE_CHECKING:
+    from biscale_gym.envs.rendering import Renderer
 
 Observation = NDArray[np.float32]
 
@@ -35,7 +38,10 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
         ConfigError: an unknown scenario or setting, a wrong value, or a scenario without a placement.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "render_fps": 10}  # noqa: RUF012 - as Gymnasium declares it
+    metadata: dict[str, Any] = {  # noqa: RUF012 - as Gymnasium declares it
+        "render_modes": ["human", "rgb_array", "ansi"],
+        "render_fps": 10,
+    }
     setting_type: ClassVar[type[Setting]]
     _changing = ("episode", "_start", "_lane", "_obs", "_terms", "_over")
 
@@ -51,6 +57,11 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
         self._obs: Observation = np.zeros(self.setting.observation_shape, np.float32)
         self._terms = np.zeros(self.setting.terms)
         self._over = True
+        self._renderer: Renderer | None = None
+        if render_mode is not None:
+            from biscale_gym.envs.rendering import Renderer  # here: nobody else waits for what it imports
+
+            self._renderer = Renderer(render_mode, self.metadata)
 
     @property
     def simulator(self) -> Simulator:
@@ -80,7 +91,8 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
 
         Args:
             seed: of everything random from now on.
-            options: see ``biscale_gym.envs.episodes.OPTIONS``: to be taken instead of drawn.
+            options: see ``biscale_gym.envs.episodes.OPTIONS``: to be taken instead of drawn; ``episode.info`` as the
+                options plays that episode again.
 
         Raises:
             ConfigError, TraceError: an unknown option, or an episode that cannot be.
@@ -92,6 +104,8 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
         self.setting.first(self._simulator.handle(), self._lane, self._obs, self._terms)
         # An episode without a single decision is still one step long, so that it can be told to be over.
         self._over = False
+        if self._renderer is not None:
+            self._renderer.begin(self._simulator)
         return self._obs.copy(), {**self.episode.info, **self.setting.info(self._terms)}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -111,4 +125,26 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
             assert self.episode is not None
             assert self._start is not None
             info["episode_metrics"] = self.setting.metrics(self.simulator, self.episode, self._start)
+        if self._renderer is not None:
+            self._renderer.sample(self.simulator)
         return self._obs.copy(), float(self._terms[self.setting.reward_column]), False, self._over, info
+
+    def render(self) -> Any:
+        """What the last seconds looked like.
+
+        Returns:
+            uint8[height, width, 3] (``rgb_array``), a line of text per instance (``ansi``), or None: the picture is in
+            a window (``human``), which every step and reset draws anyway.
+
+        Raises:
+            EnvironmentUsageError: made without a render mode, or not reset yet.
+            DependencyNotInstalled: what draws is missing; the message names the extra.
+        """
+        if self._renderer is None:
+            raise no_render_mode(self.metadata)
+        return self._renderer.render(self.simulator)
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        if self._renderer is not None:
+            self._renderer.close()

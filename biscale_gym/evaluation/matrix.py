@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from biscale_gym.config import validate
 from biscale_gym.control.rollout import RunJob, RunOutcome
 from biscale_gym.evaluation.faults import EvaluationError, Fault
-from biscale_gym.evaluation.fingerprint import fingerprint
 from biscale_gym.evaluation.identity import run_id
 from biscale_gym.evaluation.records import Arrays, Record, RecordStore, arrays_digest
 from biscale_gym.evaluation.workers import Workers
+from biscale_gym.fingerprint import fingerprint
 
 Runner = Callable[[RunJob], RunOutcome]
 

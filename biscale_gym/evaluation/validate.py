@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from biscale_gym.config import validate
 from biscale_gym.control.rollout import RunJob
-from biscale_gym.evaluation.fingerprint import arithmetic_differences, fingerprint, same_arithmetic
 from biscale_gym.evaluation.matrix import Runner, record_of
 from biscale_gym.evaluation.records import Record
+from biscale_gym.fingerprint import arithmetic_differences, fingerprint, same_arithmetic
 
 RELATIVE_TOLERANCE = 1e-9
 

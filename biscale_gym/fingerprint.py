@@ -31,7 +31,7 @@ def fingerprint() -> dict[str, Any]:
         "cpu_features": hashlib.sha256(",".join(enabled).encode()).hexdigest()[:16],
         "python": platform.python_version(),
         **{name: version(name) for name in ("numba", "llvmlite", "numpy", "scipy")},
-        **_git_state(Path(__file__).resolve().parents[2]),
+        **_git_state(Path(__file__).resolve().parents[1]),
     }
 
 
