@@ -61,6 +61,7 @@ CLUSTER_LANE = np.dtype(
         ("interval_s", _f),
         ("steps", _i),
         ("end_s", _f),
+        ("border_s", _f),
         ("reference_w", _f),
         ("violation_penalty", _f),
         ("discount_per_s", _f),
@@ -92,12 +93,12 @@ _OWN = 15
 
 
 @compiled
-def fill_slots(st: State, lane: Any) -> int:
-    """Give the slots to the instances of the placement in force, in order; returns how many found none."""
+def fill_slots(st: State, lane: Any) -> None:
+    """Give the slots to the instances of the placement in force, in order."""
     slots = lane.slots
     for slot in range(_SLOTS):
         slots[slot] = -1
-    prefills, decodes, left_out = 0, 0, 0
+    prefills, decodes = 0, 0
     for i in range(st.glob[0].instances):
         inst = st.inst[i]
         # 1, 2, 3: waiting for GPUs, loading, active. Who drains keeps its clock.
@@ -109,9 +110,6 @@ def fill_slots(st: State, lane: Any) -> int:
         elif inst.phase != PREFILL and decodes < _PER_PHASE:
             slots[_PER_PHASE + decodes] = i
             decodes += 1
-        else:
-            left_out += 1
-    return left_out
 
 
 @compiled
@@ -348,20 +346,27 @@ def step_cluster(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, te
     return int(_step(handle, lane[0], params, actions, obs, terms))
 
 
-@compiled_as(types.int64(HANDLE_TYPE, _LANES, _PARAMS, types.float32[::1], types.float64[::1]))
-def begin_cluster(handle: Any, lane: Any, params: Any, obs: Any, terms: Any) -> int:
-    """Fill the slots and the accounts of a new episode and write its first observation; returns instances without one.
+@compiled_as(types.void(HANDLE_TYPE, _LANES, _PARAMS, types.float32[::1], types.float64[::1]))
+def begin_cluster(handle: Any, lane: Any, params: Any, obs: Any, terms: Any) -> None:
+    """Fill the slots and the accounts of a new episode and write its first observation.
 
     Args: as of ``step_cluster``.
     """
     st = state_at(handle)
-    left_out = fill_slots(st, lane[0])
+    fill_slots(st, lane[0])
     lane[0].at_s = st.glob[0].now_s
     late, finished = _counts(st)
     lane[0].violations, lane[0].completed = late, finished
     read_energy(st, lane[0], terms)
     _tell(st, lane[0], params, False, obs, terms)
-    return int(left_out)
+
+
+@compiled_as(types.void(HANDLE_TYPE, _LANES, _PARAMS, types.float32[::1]))
+def turn_cluster(handle: Any, lane: Any, params: Any, obs: Any) -> None:
+    """After a change of placement: fill the slots anew and write the observation. No time passes."""
+    st = state_at(handle)
+    fill_slots(st, lane[0])
+    encode_cluster(st, lane[0], params, obs)
 
 
 @compiled_as(types.void(*_ROWS))

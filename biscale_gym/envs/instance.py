@@ -67,11 +67,11 @@ class InstanceSetting(Setting):
     def _fed(self, demand: Trace, instance: int) -> Trace:
         return routed_share(demand, self.placement, self.phase, instance, self.profile)
 
-    def _new_simulator(self, episode: Episode, predicted: Profile | None) -> Simulator:
+    def _new_simulator(self, episode: Episode, placement: Placement, predicted: Profile | None) -> Simulator:
         return Simulator(
             self.scenario.cluster,
             episode.profile,
-            Placement((self.placement.of(self.phase)[episode.instance],)),
+            Placement((placement.of(self.phase)[episode.instance],)),
             episode.requests,
             self.clocks_mhz,
             self.scenario.slo,

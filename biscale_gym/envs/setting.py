@@ -93,7 +93,7 @@ class Setting(ABC):
         self.clocks_mhz = tuple(sorted({*self.scenario.clocks_mhz, self.scenario.top_clock_mhz, *placed}))
         self.grid = [self.clocks_mhz.index(clock) for clock in self.scenario.clocks_mhz]
         self.params = encoder_params(self.clocks_mhz, self.grid)
-        self._blanks: dict[int, Simulator] = {}
+        self._blanks: dict[tuple[Placement, int], Simulator] = {}
         self.source = self._source()
 
     def _source(self) -> EpisodeSource:
@@ -115,8 +115,26 @@ class Setting(ABC):
         assert self.action_space.shape is not None
         return self.action_space.shape
 
+    def placement_of(self, episode: Episode) -> Placement:
+        """The placement that an episode starts with: the one frozen in the scenario."""
+        return self.placement
+
+    @property
+    def replans(self) -> bool:
+        """Whether placements change at the borders of windows (``turn``)."""
+        return False
+
+    def turn(
+        self, simulator: Simulator, episode: Episode, placement: Placement, lane: NDArray[Any], obs: Any
+    ) -> Placement:
+        """At the border of a window: change the placement and write the observation of the new one into ``obs``.
+
+        Returns the placement from now on. The simulator's handle may be another one afterwards.
+        """
+        return placement
+
     @abstractmethod
-    def _new_simulator(self, episode: Episode, predicted: Profile | None) -> Simulator: ...
+    def _new_simulator(self, episode: Episode, placement: Placement, predicted: Profile | None) -> Simulator: ...
 
     @abstractmethod
     def _subscribe(self, simulator: Simulator) -> None:
@@ -138,17 +156,18 @@ class Setting(ABC):
     def step_all(self, parallel: bool, handles: Any, lanes: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:
         """Compiled: ``step`` for every row."""
 
-    def simulator(self, episode: Episode) -> Simulator:
-        """A simulator at the end of the episode's warm-up, clocks held until then; the agent decides from there on.
+    def simulator(self, episode: Episode, placement: Placement) -> Simulator:
+        """A simulator of the placement at the end of the episode's warm-up, clocks held until then.
 
         On drawn hardware, predictions are the nominal hardware's.
         """
         if episode.profile is not self.profile:
-            simulator = self._new_simulator(episode, self.profile)
+            simulator = self._new_simulator(episode, placement, self.profile)
         else:
-            if episode.instance not in self._blanks:
-                self._blanks[episode.instance] = self._new_simulator(episode, None)
-            simulator = self._blanks[episode.instance].anew(episode.requests, episode.cluster_seed)
+            kind = (placement, episode.instance)
+            if kind not in self._blanks:
+                self._blanks[kind] = self._new_simulator(episode, placement, None)
+            simulator = self._blanks[kind].anew(episode.requests, episode.cluster_seed)
         simulator.set_policies(None, None)
         if episode.warmup_s > 0.0:
             simulator.run(episode.warmup_s)

@@ -68,9 +68,12 @@ class ClusterEnvSettings(EpisodeSettings, RewardSettings):
 
     Attributes:
         interval_s: length of a step.
+        planner: name of the controller whose placements are in force, planned anew at the borders of the scenario's
+            windows; None: the placement frozen in the scenario, throughout.
     """
 
     interval_s: Positive = 0.1
+    planner: str | None = None
 
 
 class PlacementEnvSettings(EpisodeSettings):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
 from biscale_gym.cluster.ledger import InstanceLedger
+from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError, no_render_mode, refused_action
@@ -43,7 +44,7 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
         "render_fps": 10,
     }
     setting_type: ClassVar[type[Setting]]
-    _changing = ("episode", "_start", "_lane", "_obs", "_terms", "_over")
+    _changing = ("episode", "placement", "_start", "_lane", "_obs", "_terms", "_over")
 
     def __init__(self, scenario: str = "paper-67", render_mode: str | None = None, **settings: Any) -> None:
         self.setting = self.setting_type(scenario, settings)
@@ -51,6 +52,7 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
         self.observation_space = self.setting.observation_space
         self.action_space = self.setting.action_space
         self.episode: Episode | None = None
+        self.placement: Placement | None = None
         self._simulator: Simulator | None = None
         self._start: InstanceLedger | None = None
         self._lane = np.zeros(1, self.setting.lane_dtype)
@@ -99,7 +101,8 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
         """
         super().reset(seed=seed)
         self.episode = self.setting.source.draw(self.np_random, options)
-        self._simulator = self.setting.simulator(self.episode)
+        self.placement = self.setting.placement_of(self.episode)
+        self._simulator = self.setting.simulator(self.episode, self.placement)
         self._start = self.setting.begin(self._lane, self._simulator, self.episode)
         self.setting.first(self._simulator.handle(), self._lane, self._obs, self._terms)
         # An episode without a single decision is still one step long, so that it can be told to be over.
@@ -125,6 +128,10 @@ class SingleEnv(Snapshots, gymnasium.Env[Observation, Any]):
             assert self.episode is not None
             assert self._start is not None
             info["episode_metrics"] = self.setting.metrics(self.simulator, self.episode, self._start)
+        elif self.setting.replans:
+            assert self.episode is not None
+            assert self.placement is not None
+            self.placement = self.setting.turn(self.simulator, self.episode, self.placement, self._lane, self._obs)
         if self._renderer is not None:
             self._renderer.sample(self.simulator)
         return self._obs.copy(), float(self._terms[self.setting.reward_column]), False, self._over, info

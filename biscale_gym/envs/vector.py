@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from biscale_gym.cluster import handle
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
 from biscale_gym.cluster.ledger import InstanceLedger
+from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError, refused_action
@@ -66,6 +67,7 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._parallel = (min(cores, num_envs // LANES_PER_THREAD) if threads is None else threads) > 1
         self.episodes: list[Episode | None] = [None] * num_envs
+        self.placements: list[Placement] = [self.setting.placement] * num_envs
         self.simulators: list[Simulator | None] = [None] * num_envs
         self._starts: list[InstanceLedger | None] = [None] * num_envs
         self._generators: list[np.random.Generator | None] = [None] * num_envs
@@ -86,7 +88,8 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
         generator = self._generators[lane]
         assert generator is not None
         episode = self.setting.source.draw(generator, options)
-        simulator = self.setting.simulator(episode)
+        self.placements[lane] = self.setting.placement_of(episode)
+        simulator = self.setting.simulator(episode, self.placements[lane])
         one = slice(lane, lane + 1)
         self._starts[lane] = self.setting.begin(self._lanes[one], simulator, episode)
         self._handles[lane] = simulator.handle()
@@ -149,9 +152,22 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
         infos: dict[str, Any] = {name: terms[column] for name, column in columns.items()}
         infos.update({f"_{name}": self._everyone.copy() for name in columns})
         truncated = self._reached != DECISION
+        if self.setting.replans:
+            self._turn_windows(~truncated)
         if truncated.any():
             self._end_episodes(truncated, chosen, infos)
         return self._obs.copy(), rewards, np.zeros(self.num_envs, np.bool_), truncated, infos
+
+    def _turn_windows(self, going_on: NDArray[np.bool_]) -> None:
+        """Let the lanes that stand at the border of a window change their placement."""
+        for lane in np.flatnonzero(going_on & (self._lanes["at_s"] >= self._lanes["border_s"])):
+            simulator, episode = self.simulators[lane], self.episodes[lane]
+            assert simulator is not None
+            assert episode is not None
+            row = self._lanes[lane : lane + 1]
+            placement = self.setting.turn(simulator, episode, self.placements[lane], row, self._obs[lane])
+            self.placements[lane] = placement
+            self._handles[lane] = simulator.handle()
 
     def _end_episodes(self, truncated: NDArray[np.bool_], actions: Actions, infos: dict[str, Any]) -> None:
         """Report the lanes that ended, and begin anew there."""

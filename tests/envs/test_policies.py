@@ -13,6 +13,7 @@ from biscale_gym.cluster import features as f
 from biscale_gym.cluster.placement import PHASES, Placement
 from biscale_gym.cluster.policy import policy
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
+from biscale_gym.config import ConfigError
 from biscale_gym.control.controllers import PlanContext, make_controller
 from biscale_gym.control.rollout import Rollout
 from biscale_gym.control.simulate import StatedPlacement
@@ -166,7 +167,7 @@ def test_one_instance_is_played_as_in_the_simulator(env_id: str, name: str, rand
 def simulated_start_j(env: Any, only: Any) -> float:
     """Joules of the warm-up, clocks held."""
     setting, episode = env.unwrapped.setting, env.unwrapped.episode
-    return float(setting.simulator(episode).instances().energy_j.sum())
+    return float(setting.simulator(episode, env.unwrapped.placement).instances().energy_j.sum())
 
 
 @pytest.mark.parametrize("randomisation", [None, "h100-uncertainty"])
@@ -206,6 +207,43 @@ def test_an_environment_is_played_as_simulate_plays_it(env_id: str) -> None:
     assert done.sum() > 50
     for name in ("first_token_s", "finish_s"):
         np.testing.assert_array_equal(getattr(mine.requests(), name)[done], getattr(others.requests(), name)[done])
+
+
+@pytest.mark.parametrize("lanes", [None, 2])
+def test_tier_1_plans_over_the_cluster_as_in_a_comparison(lanes: int | None) -> None:
+    settings: dict[str, Any] = {
+        "scenario": "smoke",
+        "overrides": {"warmup_s": 0.0},
+        "planner": "biscale",
+        "interval_s": 0.5,
+    }
+    env: Any
+    if lanes is None:
+        env = gymnasium.make("BiScale/Cluster-v0", **settings)
+        agent = ControllerPolicy("biscale", env)
+        play(env, agent, seed=8)
+        mine, episode = env.unwrapped.simulator, env.unwrapped.episode
+    else:
+        env = gymnasium.make_vec("BiScale/Cluster-v0", num_envs=lanes, **settings)
+        agent = ControllerPolicy("biscale", env)
+        obs, _ = env.reset(seed=8)
+        mine, episode = env.unwrapped.simulators[0], env.unwrapped.episodes[0]
+        for _ in range(120):
+            obs, *_ = env.step(agent.predict(obs)[0])
+    setting = env.unwrapped.setting
+    served = Requests(episode.requests, setting.source.training(), setting.scenario.rate_rps, episode.end_s)
+    rollout = Rollout(
+        make_controller("biscale"), setting.scenario, served, episode.cluster_seed, None, None, settings["interval_s"]
+    )
+    energy = rollout.run().energy
+    assert len({placement for _, placement in rollout.placements}) > 1, "the placement has to change"
+    np.testing.assert_array_equal(mine.instances().energy_j, energy.energy_j)
+    assert mine.instances().unallocated_j == energy.unallocated_j
+
+
+def test_an_interval_must_divide_the_planners_window() -> None:
+    with pytest.raises(ConfigError, match=r"interval_s \(0.3\) does not divide.*window_s \(20\)"):
+        gymnasium.make("BiScale/Cluster-v0", scenario="smoke", planner="biscale", interval_s=0.3)
 
 
 def test_the_highest_clock_of_the_environment_is_max_clock() -> None:
