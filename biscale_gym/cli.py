@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -54,11 +54,12 @@ def compare(
     """
     from biscale_gym.control.controllers import find_controller
     from biscale_gym.control.rollout import run
+    from biscale_gym.control.scenario import parsed_overrides
     from biscale_gym.evaluation import compare as comparing
     from biscale_gym.evaluation.matrix import jobs_of
 
     tables, messages = _consoles(json)
-    jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split, _overrides(set))
+    jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split, parsed_overrides(set))
     for name in _names(controllers):
         find_controller(name)
     comparison = comparing.compare(jobs, out, workers, plots, run, messages)
@@ -221,24 +222,6 @@ def list_() -> int:
     for kind, names in rows.items():
         print(f"{kind + ':':<13}{', '.join(names)}")
     return 0
-
-
-def _overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts as settings, values read as YAML."""
-    import yaml
-
-    from biscale_gym.config import ConfigError
-
-    values = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {text}: expected KEY=VALUE, for instance cluster.precision=bf16")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is no YAML") from error
-    return values
 
 
 def _names(text: str) -> list[str]:

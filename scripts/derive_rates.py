@@ -10,6 +10,7 @@ here looks at the test split.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from biscale_gym.control.rollout import RunJob, run
-from biscale_gym.control.scenario import load_scenario
+from biscale_gym.control.scenario import load_scenario, parsed_overrides
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,20 @@ class Kept:
     kept: bool
 
 
-def judge(scenario: str, rate_rps: float, seeds: int) -> Kept:
+def judge(scenario: str, overrides: dict[str, Any], rate_rps: float, seeds: int) -> Kept:
     """DistServe at one rate on the validation split."""
-    slo = load_scenario(scenario).slo
+    slo = load_scenario(scenario, overrides).slo
     outcomes = [
-        run(RunJob(scenario=scenario, controller="distserve", seed=seed, rate_rps=rate_rps, split="validation"))
+        run(
+            RunJob(
+                scenario=scenario,
+                controller="distserve",
+                seed=seed,
+                rate_rps=rate_rps,
+                split="validation",
+                overrides=overrides,
+            )
+        )
         for seed in range(seeds)
     ]
     missing = sum(int(outcome.row["requests_judged"]) - len(outcome.ttft_s) for outcome in outcomes)
@@ -62,6 +72,7 @@ def main(
     step: float = 5.0,
     fine: float = 1.0,
     seeds: int = 3,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),  # as biscale-gym compare names it
 ) -> None:
     """Print every rate judged, the highest kept one, and ``share`` of it.
 
@@ -73,21 +84,25 @@ def main(
         step: Coarse step.
         fine: Fine step.
         seeds: Validation seeds that are pooled.
+        set: A scenario setting to replace, as KEY=VALUE; may be given several times.
     """
-    judged = [judge(scenario, float(rate), seeds) for rate in np.arange(lowest, highest + step / 2, step)]
+    overrides = parsed_overrides(set)
+    name = " ".join([scenario, *set])
+    judged = [judge(scenario, overrides, float(rate), seeds) for rate in np.arange(lowest, highest + step / 2, step)]
     best = max((result.rate_rps for result in judged if result.kept), default=None)
     if best is not None:
-        judged += [judge(scenario, float(rate), seeds) for rate in np.arange(best + fine, best + step - fine / 2, fine)]
+        judged += [
+            judge(scenario, overrides, float(rate), seeds)
+            for rate in np.arange(best + fine, best + step - fine / 2, fine)
+        ]
         best = max(result.rate_rps for result in judged if result.kept)
-    table = Table(
-        "requests/s", "P99 TTFT s", "P99 TPOT s", "GPUs", "placement", "kept", title=f"DistServe on {scenario}"
-    )
+    table = Table("requests/s", "P99 TTFT s", "P99 TPOT s", "GPUs", "placement", "kept", title=f"DistServe on {name}")
     for result in sorted(judged, key=lambda result: result.rate_rps):
         figures = (result.rate_rps, result.ttft_p99_s, result.tpot_p99_s, result.gpus)
         table.add_row(*(f"{figure:.3g}" for figure in figures), result.placement, "yes" if result.kept else "no")
     Console().print(table)
     if best is None:
-        raise SystemExit(f"DistServe keeps the SLO of {scenario} at no rate from {lowest} to {highest} requests/s")
+        raise SystemExit(f"DistServe keeps the SLO of {name} at no rate from {lowest} to {highest} requests/s")
     print(f"highest rate kept: {best:.4g} requests/s; {share:g} of it: {share * best:.4g}")
 
 

@@ -36,7 +36,7 @@ from biscale_gym.profiles import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
+    (ROOT / "docs").rglob("*.md")
 )
 POLICIES = (ROOT / "docs" / "policies.md").read_text()
 CONTROLLERS = (ROOT / "docs" / "controllers.md").read_text()

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from biscale_gym.config import Settings
+from biscale_gym.config import Settings, load_preset
+from biscale_gym.profiles import Profile, SwitchingSettings, load_profile
+from biscale_gym.profiles.settings import Precision
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -58,12 +60,15 @@ class ClusterSettings(Settings):
 
     hardware: str = "h100-sxm5"
     model: str = "llama-3.3-70b"
-    precision: Literal["bf16", "fp8"] = "fp8"
+    precision: Precision = "fp8"
+    decode_precision: Precision | None = None
+    """Of the weights of decode instances; None: ``precision``, as prefill."""
     nodes: Count = 2
     gpus_per_node: Count = 8
     batching: BatchingSettings = BatchingSettings()
     routing: RoutingSettings = RoutingSettings()
-    switching: str = "nvml"
+    switching: str | SwitchingSettings = "nvml"
+    """A preset in configs/switching, a path, or the numbers themselves."""
     transfer: str = "rdma-20"
     replacement: ReplacementSettings = ReplacementSettings()
     overrun_margin: NonNegative = 0.05
@@ -76,3 +81,20 @@ class ClusterSettings(Settings):
     def gpus(self) -> int:
         """GPUs of the cluster."""
         return self.nodes * self.gpus_per_node
+
+    def switching_settings(self) -> SwitchingSettings:
+        """How clocks switch.
+
+        Raises:
+            ConfigError: no such preset.
+        """
+        given = self.switching
+        return load_preset(SwitchingSettings, "switching", given) if isinstance(given, str) else given
+
+    def profile(self) -> Profile:
+        """What iterations of this model cost on this hardware, by phase where precisions differ.
+
+        Raises:
+            ConfigError, ProfileError: no such hardware, model or precision.
+        """
+        return load_profile(self.hardware, self.model, self.precision, self.decode_precision)

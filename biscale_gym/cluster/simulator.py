@@ -52,6 +52,8 @@ from biscale_gym.profiles.settings import SwitchingSettings, TransferSettings
 from biscale_gym.traces import Trace
 
 Vector = npt.NDArray[np.float64]
+Spans = dict[tuple[str, int], tuple[int, int]]
+"""Start and stop of each compiled profile, by precision and TP degree."""
 
 ACTIVATION_BYTES = 2
 """Of one number that a pipeline stage hands to the next: 16 bits, whatever the weights' precision."""
@@ -108,8 +110,8 @@ class Snapshot(NamedTuple):
 
     state: State
     lanes: dict[int, Lane]
-    model_spans: dict[int, tuple[int, int]]
-    predicted_spans: dict[int, tuple[int, int]]
+    model_spans: Spans
+    predicted_spans: Spans
     policies: tuple[PhasePolicy, PhasePolicy]
 
 
@@ -165,8 +167,8 @@ class Simulator:
         self._prefill = PhasePolicy(function=hold)
         self._decode = PhasePolicy(function=hold)
         self._lanes: dict[int, Lane] = {}
-        self._model_spans: dict[int, tuple[int, int]] = {}
-        self._predicted_spans: dict[int, tuple[int, int]] = {}
+        self._model_spans: Spans = {}
+        self._predicted_spans: Spans = {}
         self._handle: tuple[Handle, State, Any, Any] | None = None
         check_placement(
             placement, profile.tensor_parallel_degrees, settings.nodes, settings.gpus_per_node, self._phases
@@ -176,7 +178,7 @@ class Simulator:
             len(trace), settings.nodes, max(capacity, len(lanes)), settings.batching.max_decode_sequences, log_events
         )
         self._fill_requests(trace)
-        self._fill_globals(slo, only, switching or load_preset(SwitchingSettings, "switching", settings.switching))
+        self._fill_globals(slo, only, switching or settings.switching_settings())
         self._fill_seeds(seed)
         for lane in lanes:
             self._add_lane(lane)
@@ -227,17 +229,19 @@ class Simulator:
         glob["unallocated_w_per_gpu"] = lowest_idle_power_w(self.profile)
         self.state.node["free_gpus"] = settings.gpus_per_node
 
-    def _span(self, tp: int, believed: bool) -> tuple[int, int]:
-        """Where a TP degree's compiled profile lies in ``models`` (or ``predicted``); compiled when first needed."""
+    def _span(self, spec: InstanceSpec, believed: bool) -> tuple[int, int]:
+        """Where an instance's compiled profile lies in ``models`` (or ``predicted``); compiled when first needed."""
         spans = self._predicted_spans if believed else self._model_spans
-        if tp not in spans:
-            profile = self._predicted if believed and self._predicted is not None else self.profile
-            vector = profile.compile(tp, self.clocks_mhz, self.settings.batching.max_decode_sequences)
+        whole = self._predicted if believed and self._predicted is not None else self.profile
+        profile = whole.for_phase(spec.phase)
+        key = (profile.precision, spec.tp)
+        if key not in spans:
+            vector = profile.compile(spec.tp, self.clocks_mhz, self.settings.batching.max_decode_sequences)
             name = "predicted" if believed else "models"
             present = getattr(self.state, name) if spans else np.zeros(0)
-            spans[tp] = (len(present), len(present) + len(vector))
+            spans[key] = (len(present), len(present) + len(vector))
             self.state = self.state._replace(**{name: np.concatenate([present, vector])})
-        return spans[tp]
+        return spans[key]
 
     def _kv_capacity(self, spec: InstanceSpec) -> int:
         batching = self.settings.batching
@@ -251,8 +255,9 @@ class Simulator:
                 for tp in self.profile.tensor_parallel_degrees
                 if self.profile.kv_capacity_for(spec.phase, tp, spec.pp) > 0
             ]
+            precision = self.profile.for_phase(spec.phase).precision
             raise ClusterError(
-                f"{self.profile.model_name} in {self.profile.precision} does not fit a {spec.phase} instance of "
+                f"{self.profile.model_name} in {precision} does not fit a {spec.phase} instance of "
                 f"TP{spec.tp}; TP degrees that do: {fitting}"
             )
         return tokens
@@ -276,7 +281,7 @@ class Simulator:
             self._grow()
         spec = lane.spec
         capacity_tokens = self._kv_capacity(spec)
-        span, believed = self._span(spec.tp, False), self._span(spec.tp, True)
+        span, believed = self._span(spec, False), self._span(spec, True)
         inst = self.state.inst[number]
         inst["phase"] = PREFILL if spec.phase == "prefill" else DECODE
         inst["tp"], inst["node"] = spec.tp, lane.node
@@ -288,9 +293,8 @@ class Simulator:
         inst["weight"] = spec.weight / spec.pp
         inst["clock"] = inst["target"] = self.clock_index(spec.clock_mhz)
         replacement = self.settings.replacement
-        inst["load_s"] = (
-            self.profile.weight_bytes / (spec.tp * spec.pp * replacement.load_gb_per_s * 1e9) + replacement.start_s
-        )
+        weight_bytes = self.profile.for_phase(spec.phase).weight_bytes
+        inst["load_s"] = weight_bytes / (spec.tp * spec.pp * replacement.load_gb_per_s * 1e9) + replacement.start_s
         inst["load_extra_w"] = replacement.start_power_w
         self.state.glob[0]["instances"] = number + 1
         self._lanes[number] = lane
@@ -518,8 +522,8 @@ class Simulator:
         for spec in placement.instances:
             self._kv_capacity(spec)
             self.clock_index(spec.clock_mhz)
-            self._span(spec.tp, False)
-            self._span(spec.tp, True)
+            self._span(spec, False)
+            self._span(spec, True)
         status = self.state.inst["status"]
         running = [
             (number, lane) for number, lane in self._lanes.items() if status[number] in (AWAITING_GPUS, LOADING, ACTIVE)

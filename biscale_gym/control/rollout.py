@@ -21,7 +21,7 @@ from biscale_gym.control.controllers import Controller, ControllerError, PlanCon
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.metrics import Counted, measure
-from biscale_gym.profiles import Profile, load_profile
+from biscale_gym.profiles import Profile
 from biscale_gym.profiles.prediction import predicted_profile
 from biscale_gym.traces import TraceError
 
@@ -171,7 +171,7 @@ class Rollout:
         self.scenario = scenario
         self.requests = requests
         self.seed = seed
-        self.profile = profile or load_profile(cluster.hardware, cluster.model, cluster.precision)
+        self.profile = profile or cluster.profile()
         self.placements: list[tuple[float, Placement]] = []
         self._history_rps: list[float] = []
         self._clocks_mhz = tuple(sorted({*scenario.clocks_mhz, scenario.top_clock_mhz}))
@@ -355,8 +355,7 @@ def run(job: RunJob) -> RunOutcome:
         ConfigError, TraceError, ControllerError, PlacementError, ClusterError, PolicyError: what is wrong with it.
     """
     scenario = load_scenario(job.scenario, job.overrides)
-    cluster = scenario.cluster
-    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    profile = scenario.cluster.profile()
     requests = requests_for(scenario, profile, job.played_split, job.seed, job.trace, job.rate_rps)
     controller = make_controller(job.controller, job.controller_settings)
     rollout = Rollout(controller, scenario, requests, job.seed, profile)

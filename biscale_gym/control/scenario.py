@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from biscale_gym.cluster.placement import InstanceGroup
@@ -100,3 +102,21 @@ def load_scenario(name_or_path: str, overrides: dict[str, Any] | None = None) ->
             at = at[parent]
         at[last] = value
     return validate(ScenarioSettings, values, f"scenario {name_or_path!r} with overrides")
+
+
+def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts, as command lines give them, as overrides; values are read as YAML.
+
+    Raises:
+        ConfigError: a text is not of this form.
+    """
+    values = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, for instance cluster.precision=bf16")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is no YAML") from error
+    return values

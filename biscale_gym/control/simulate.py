@@ -25,7 +25,8 @@ from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, outcome_of
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.control.workload import Requests, within_context
 from biscale_gym.metrics import TpotDefinition
-from biscale_gym.profiles import load_profile
+from biscale_gym.profiles import SwitchingSettings
+from biscale_gym.profiles.settings import Precision
 from biscale_gym.traces import read_trace
 from biscale_gym.traces.operations import require_duration
 
@@ -40,12 +41,13 @@ class SimulationSettings(Settings):
     instances: tuple[InstanceGroup, ...]
     preset: str = "h100-2x8"
     model: str | None = None
-    precision: Literal["bf16", "fp8"] | None = None
+    precision: Precision | None = None
+    decode_precision: Precision | None = None
     router: Router | RoutingSettings | None = None
     batching: BatchingSettings | None = None
     decode_iterations: Literal["output-minus-one", "output-length"] | None = None
     tpot_definition: TpotDefinition = "per-decode-token"
-    switching: str | None = None
+    switching: str | SwitchingSettings | None = None
     transfer: str | None = None
     replacement: ReplacementSettings | None = None
     nodes: Count | None = None
@@ -86,7 +88,17 @@ class StatedPlacement:
 def _cluster(settings: SimulationSettings) -> ClusterSettings:
     """The preset with what the file replaces."""
     base = load_preset(ClusterSettings, "clusters", settings.preset)
-    names = ("model", "precision", "switching", "transfer", "replacement", "batching", "nodes", "gpus_per_node")
+    names = (
+        "model",
+        "precision",
+        "decode_precision",
+        "switching",
+        "transfer",
+        "replacement",
+        "batching",
+        "nodes",
+        "gpus_per_node",
+    )
     changes: dict[str, Any] = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     if isinstance(settings.router, RoutingSettings):
         changes["routing"] = settings.router
@@ -123,7 +135,7 @@ def simulate_file(placement: Path, trace: Path, policy: str = "max-clock", seed:
     """
     settings = validate(SimulationSettings, read_yaml(placement), str(placement))
     cluster = _cluster(settings)
-    profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+    profile = cluster.profile()
     stated = written_placement(settings.instances, profile.top_clock_mhz)
     top = profile.top_clock_mhz
     if policy == MAX_CLOCK:

@@ -115,7 +115,7 @@ class EpisodeSource:
         if settings.randomisation is not None:
             self._ranges = load_preset(RandomisationSettings, "randomisation", settings.randomisation)
             profile.randomised(np.random.default_rng(0), self._ranges)  # refuse now what cannot be randomised
-        self._nominal_switching = load_preset(SwitchingSettings, "switching", scenario.cluster.switching)
+        self._nominal_switching = scenario.cluster.switching_settings()
         self._share = share
         self._shares: dict[tuple[str, int, int], tuple[Trace, float]] = {}
         self._demands: dict[tuple[str, int], tuple[Trace, float]] = {}

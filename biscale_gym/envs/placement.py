@@ -29,7 +29,6 @@ from biscale_gym.envs.windows import WindowDemand
 from biscale_gym.metrics import Counted, measure
 from biscale_gym.planning.classes import Column, InstanceClass, Measurement, fitting_degrees
 from biscale_gym.planning.relaxation import usable_table
-from biscale_gym.profiles import load_profile
 
 Observation = NDArray[np.float32]
 
@@ -63,7 +62,7 @@ class PlacementEnv(gymnasium.Env[Observation, Any]):
             raise ConfigError(f"environment {self.env_id}: no render mode {render_mode!r}; valid: ansi, or none")
         self.render_mode = render_mode
         cluster = self.scenario.cluster
-        self.profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+        self.profile = cluster.profile()
         self.source = EpisodeSource(self.scenario, self.profile, self.settings, lambda demand, instance: demand)
         self.clocks_mhz = tuple(sorted({*self.scenario.clocks_mhz, self.scenario.top_clock_mhz}))
         self._tier2: Controller | None = None

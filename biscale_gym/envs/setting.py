@@ -22,7 +22,7 @@ from biscale_gym.envs.encoding import encoder_params
 from biscale_gym.envs.episodes import Episode, EpisodeSource
 from biscale_gym.envs.settings import EpisodeSettings
 from biscale_gym.metrics import Counted, measure
-from biscale_gym.profiles import Profile, load_profile
+from biscale_gym.profiles import Profile
 from biscale_gym.traces import Trace
 
 Terms = NDArray[np.float64]
@@ -87,7 +87,7 @@ class Setting(ABC):
                 f"scenario {scenario!r} judges TPOT {self.scenario.tpot_definition}, environments do per-decode-token"
             )
         cluster = self.scenario.cluster
-        self.profile = load_profile(cluster.hardware, cluster.model, cluster.precision)
+        self.profile = cluster.profile()
         self.placement = starting_placement(self.scenario, scenario, self.profile.top_clock_mhz)
         placed = {spec.clock_mhz for spec in self.placement.instances}
         self.clocks_mhz = tuple(sorted({*self.scenario.clocks_mhz, self.scenario.top_clock_mhz, *placed}))

@@ -257,7 +257,7 @@ def _load_column(key: str) -> tuple[InstanceClass, ...] | None:
 def _measure_and_store(measurement: Measurement, column: Column, key: str) -> tuple[InstanceClass, ...]:
     rows = measure_column(measurement, column)
     about = {
-        "profile": f"{measurement.profile.model_name} {measurement.profile.precision}",
+        "profile": f"{measurement.profile.model_name} {measurement.profile.for_phase(column.phase).precision}",
         "training": measurement.training.name,
         "column": f"{column.phase} TP{column.tp} PP{column.pp}",
     }

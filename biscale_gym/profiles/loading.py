@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from biscale_gym.config import load_preset, nearest, presets_dir
@@ -12,13 +13,23 @@ from biscale_gym.profiles.settings import HardwareSettings, ModelSettings, Preci
 from biscale_gym.profiles.tabulated import ProfileTable, TabulatedProfile
 
 
-def load_profile(hardware: str, model: str, precision: str) -> Profile:
+def load_profile(hardware: str, model: str, precision: str, decode_precision: str | None = None) -> Profile:
     """The profile of a model preset on a hardware preset of ``configs/`` (or YAML files of your own, by path).
+
+    Args:
+        hardware: preset or path.
+        model: preset or path.
+        precision: of the weights.
+        decode_precision: of the weights of decode instances, where it differs.
 
     Raises:
         ConfigError: no such preset, or a fault in it.
         ProfileError: a precision that the model has not, or a model that the hardware's form says nothing about.
     """
+    if decode_precision not in (None, precision):
+        return replace(
+            load_profile(hardware, model, precision), decode=load_profile(hardware, model, str(decode_precision))
+        )
     own_hardware = load_preset(HardwareSettings, "hardware", hardware)
     own_model = load_preset(ModelSettings, "models", model)
     name = Path(model).stem if model.endswith((".yaml", ".yml")) else model

@@ -61,7 +61,8 @@ class ParametricProfile(Profile):
     def randomised(self, rng: np.random.Generator, ranges: RandomisationSettings) -> ParametricProfile:
         """The same model on a hardware whose uncertain constants are drawn anew; the nominal profile stays as it is."""
         hardware = self.hardware.model_copy(update={"parametric": randomised(self._form, rng, ranges)})
-        return replace(self, hardware=hardware)
+        decode = None if self.decode is None else replace(self.decode, hardware=hardware)
+        return replace(self, hardware=hardware, decode=decode)
 
     def _fill_latency(self, vector: Vector, tp: int) -> None:
         """Scalars of the latency equations, in seconds and GHz."""

@@ -78,13 +78,19 @@ def predicted_profile(profile: Profile, settings: PredictionSettings, clocks_mhz
         tp: _erring(profile, _fitted(profile, settings, tuple(clocks_mhz), tp), settings, tp)
         for tp in profile.tensor_parallel_degrees
     }
-    return TabulatedProfile(profile.hardware, profile.model, profile.model_name, profile.precision, tables)
+    decode = None if profile.decode is None else predicted_profile(profile.decode, settings, clocks_mhz)
+    return TabulatedProfile(
+        profile.hardware, profile.model, profile.model_name, profile.precision, tables, decode=decode
+    )
 
 
 def prediction_errors(
     profile: Profile, predicted: TabulatedProfile, rows: int = 2000, seed: int = 1
 ) -> list[PredictionError]:
-    """How wrong a predicted profile is: per TP degree and phase, on ``rows`` fresh iterations without noise."""
+    """How wrong a predicted profile is: per TP degree and phase, on ``rows`` fresh iterations without noise.
+
+    Of both phases in the profile's own precision; of another one of decode, ask with ``profile.decode``.
+    """
     errors = []
     for tp, table in predicted.tables.items():
         fresh = _profiled(profile, tp, predicted.clocks_mhz, rows, 0.0, seed)

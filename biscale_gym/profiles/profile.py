@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -40,12 +40,15 @@ class Profile(ABC):
         model: the model's dimensions.
         model_name: name of the model preset (linear and table forms look coefficients up by it).
         precision: of the weights.
+        decode: the same model on the same hardware in the precision of decode instances; None: this profile serves
+            both phases.
     """
 
     hardware: HardwareSettings
     model: ModelSettings
     model_name: str
     precision: Precision
+    decode: Profile | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def _compile(self, tp: int, clocks_mhz: Sequence[int], max_batch: int) -> Vector:
@@ -117,7 +120,11 @@ class Profile(ABC):
             "model_name": self.model_name,
             "precision": self.precision,
         }
-        return config_hash(parts)
+        return config_hash(parts if self.decode is None else {**parts, "decode": self.decode.hash})
+
+    def for_phase(self, phase: Literal["prefill", "decode"]) -> Profile:
+        """The profile of a phase's instances."""
+        return self.decode if phase == "decode" and self.decode is not None else self
 
     def kv_capacity_tokens(
         self, tp: int, pp: int = 1, utilisation: float | None = None, reserve_gb: float | None = None
@@ -134,7 +141,7 @@ class Profile(ABC):
 
     def kv_capacity_for(self, phase: Literal["prefill", "decode"], tp: int, pp: int = 1) -> int:
         """KV tokens of an instance of a phase, ``tight_prefill`` included where the hardware's settings allow it."""
-        tokens = self.kv_capacity_tokens(tp, pp)
+        tokens = self.for_phase(phase).kv_capacity_tokens(tp, pp)
         tight = self.hardware.memory.tight_prefill
         if tokens <= 0 and phase == "prefill" and tight is not None:
             tightened = self.kv_capacity_tokens(tp, pp, tight.utilisation, tight.reserve_gb)

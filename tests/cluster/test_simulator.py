@@ -521,3 +521,46 @@ def test_no_router_gives_an_instance_what_it_cannot_hold(router: str) -> None:
     assert (taken[0::3] >= 1).all()
     assert (taken[1::3] == 2).all()
     assert run.counts()["finished"] == 12
+
+
+# -- two precisions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_cluster_is_one_precision_in_prefill_and_the_other_in_decode() -> None:
+    trace = requests([0.0, 0.3, 0.31, 0.9], [100, 1000, 400, 50], [20, 5, 30, 1])
+    runs = {}
+    for name, own in {"bf16": ("bf16", None), "fp8": ("fp8", None), "mixed": ("bf16", "fp8")}.items():
+        settings = cluster(transfer="rdma-20", model="llama-3.1-8b", precision=own[0], decode_precision=own[1])
+        run = Simulator(settings, settings.profile(), Placement((prefill(), decode())), trace, CLOCKS_MHZ, SLO)
+        run.run()
+        runs[name] = run
+    mixed, bf16, fp8 = (runs[name] for name in ("mixed", "bf16", "fp8"))
+    first, own_first = bf16.requests().first_token_s, mixed.requests().first_token_s
+    np.testing.assert_array_equal(own_first, first)
+    # The KV that travels is the same; the third request also waits for an iteration to end.
+    transfers_s = [(run.requests().delivered_s - run.requests().first_token_s)[:2] for run in (mixed, fp8)]
+    np.testing.assert_allclose(transfers_s[0], transfers_s[1], rtol=1e-9)
+    # Alone on the decode instance, the first request decodes as on a cluster in fp8.
+    decoding_s = [run.requests().finish_s[0] - run.requests().delivered_s[0] for run in (mixed, fp8, bf16)]
+    assert decoding_s[0] == pytest.approx(decoding_s[1], rel=1e-12)
+    assert decoding_s[0] < 0.9 * decoding_s[2]
+    busy = BUCKETS.index("busy")
+    joules = {name: run.instances().energy_j[:, busy] for name, run in runs.items()}
+    assert joules["mixed"][0] == pytest.approx(joules["bf16"][0], rel=1e-12)
+    assert joules["mixed"][1] < joules["bf16"][1]
+    assert mixed.state.inst["kv_capacity"].tolist() == [
+        bf16.state.inst["kv_capacity"][0],
+        fp8.state.inst["kv_capacity"][1],
+    ]
+    assert mixed.state.inst["load_s"][0] == bf16.state.inst["load_s"][0] > mixed.state.inst["load_s"][1]
+
+
+def test_switching_may_be_given_in_numbers() -> None:
+    trace = requests([0.0], 100, 5)
+    given = {"median_ms": 4.5, "sigma": 0.45609284638231407, "settle_ms": 1.0}
+    states = [
+        simulator([prefill(), decode()], trace, cluster(switching=switching)).state.glob[0]
+        for switching in (given, "nvml")
+    ]
+    for name in ("switch_median_s", "switch_sigma", "settle_s"):
+        assert states[0][name] == states[1][name] > 0

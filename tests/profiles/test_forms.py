@@ -265,3 +265,34 @@ def test_what_does_not_exist_is_refused_with_the_nearest(bf16: Profile, tmp_path
     (tmp_path / "bad.yaml").write_text(text.split("parametric:")[0])
     with pytest.raises(ConfigError, match="exactly one of"):
         load_profile(str(tmp_path / "bad.yaml"), "llama-3.3-70b", "bf16")
+
+
+# -- two precisions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Profile:
+    return load_profile("h100-sxm5", "llama-3.3-70b", "bf16", "fp8")
+
+
+def test_each_phase_has_its_own_precision(mixed: Profile, bf16: Profile, fp8: Profile) -> None:
+    assert mixed.for_phase("prefill") == mixed
+    assert mixed.for_phase("decode") == fp8
+    for tp in mixed.tensor_parallel_degrees:
+        assert mixed.kv_capacity_for("prefill", tp) == bf16.kv_capacity_for("prefill", tp)
+        assert mixed.kv_capacity_for("decode", tp) == fp8.kv_capacity_for("decode", tp)
+    assert mixed.kv_bytes_per_token == mixed.for_phase("decode").kv_bytes_per_token
+
+
+def test_a_second_precision_changes_the_hash_only_where_it_differs(mixed: Profile, bf16: Profile) -> None:
+    assert mixed.hash != bf16.hash
+    assert load_profile("h100-sxm5", "llama-3.3-70b", "bf16", "bf16") == bf16
+    with pytest.raises(ProfileError, match="no precision 'fp16'"):
+        load_profile("h100-sxm5", "llama-3.3-70b", "bf16", "fp16")
+
+
+def test_both_precisions_are_randomised_alike(mixed: Profile) -> None:
+    ranges = load_preset(RandomisationSettings, "randomisation", "h100-uncertainty")
+    drawn = mixed.randomised(np.random.default_rng(7), ranges)
+    assert drawn.for_phase("decode").hardware == drawn.hardware != mixed.hardware
+    assert drawn.for_phase("decode").precision == "fp8"
