@@ -83,6 +83,20 @@ def test_wrappers_go_around_it(tmp_path: Path) -> None:
     assert again.actions[0] == again.actions[2]
 
 
+def test_placements_are_recorded_too(tmp_path: Path) -> None:
+    env = RecordEpisode(gymnasium.make("BiScale/Placement-v0", scenario="smoke"), tmp_path)
+    env.reset(seed=1)
+    over, rewards = False, []
+    while not over:
+        masks = env.unwrapped.action_masks()
+        action = int(np.flatnonzero(masks)[-1])
+        _, reward, _, over, info = env.step(action)
+        rewards.append(reward)
+    again = replay(env.paths[0])
+    assert again.rewards.tolist() == rewards
+    assert again.episode_metrics == info["episode_metrics"]
+
+
 def test_an_interrupted_episode_is_marked(tmp_path: Path) -> None:
     env = RecordEpisode(make(), tmp_path)
     rewards = play(env, seed=1, steps=5)
@@ -185,7 +199,7 @@ def test_other_arithmetic_is_named_as_a_reason(record: Path) -> None:
         (lambda lines: lines.pop(), False, "was cut short or altered|not the record of an episode"),
         (lambda lines: lines[0].update(format="biscale-gym-episode/9"), True, "format 'biscale-gym-episode/9'"),
         (lambda lines: lines[0].update(env_id="BiScale/Prefill-v9"), True, "did you mean 'BiScale/Prefill-v0'"),
-        (lambda lines: lines[0].update(scenario_hash="0" * 16), True, "scenario 'smoke' has changed since"),
+        (lambda lines: lines[0].update(scenario_hash="0" * 16), True, "its scenario has changed since"),
         (lambda lines: lines[0].update(requests_hash="0" * 16), True, "its requests have changed since"),
         (lambda lines: lines[0]["kwargs"].update(scenario="smokes"), True, "cannot be begun here: no scenario"),
         (lambda lines: lines[0]["episode"].update(start_s=1e9), True, "cannot be begun here: reset option start_s"),

@@ -379,6 +379,22 @@ def test_other_environments_are_refused() -> None:
             wrap(env)
 
 
+def test_placements_are_no_clocks() -> None:
+    env = gymnasium.make("BiScale/Placement-v0", scenario="smoke")
+    for wrap in (ContinuousClocks, ClockDeltas, SlackShaping, WRAPPED["FrameSkip"], WRAPPED["EnergyPerRequest"]):
+        with pytest.raises(EnvironmentUsageError, match="wraps environments whose actions are clocks, not BiScale/Pl"):
+            wrap(env)
+    plain, constrained = env, CostConstrained(gymnasium.make("BiScale/Placement-v0", scenario="smoke"))
+    for wrapped in (plain, constrained):
+        wrapped.reset(seed=1)
+    over = False
+    while not over:
+        action = int(np.flatnonzero(plain.unwrapped.action_masks())[-1])
+        _, reward, _, over, info = plain.step(action)
+        _, energy, *_ = constrained.step(action)
+        assert energy == pytest.approx(reward + plain.unwrapped.settings.violation_penalty * info["cost"])
+
+
 def test_lanes_that_begin_anew_a_step_later_are_refused() -> None:
     lanes = gymnasium.make_vec(PREFILL, num_envs=1, vectorization_mode="sync", scenario="smoke", episode_s=1.0)
     with pytest.raises(EnvironmentUsageError, match="SAME_STEP"):

@@ -65,12 +65,12 @@ def _at(entries: list[Entry], start: int, wanted: str) -> list[int]:
 
 
 def setting_of(env: Any, wrapper: str) -> Any:
-    """The setting of the environment below a wrapper.
+    """What holds ``env_id``, ``scenario`` and ``settings`` of the environment below: its setting, or itself.
 
     Raises:
         EnvironmentUsageError: it is none of this package's.
     """
-    setting = getattr(env.unwrapped, "setting", None)
+    setting = getattr(env.unwrapped, "setting", env.unwrapped)
     if not hasattr(setting, "env_id"):
         raise EnvironmentUsageError(f"{wrapper} wraps the environments of biscale_gym, not {env.unwrapped}")
     return setting

@@ -110,7 +110,7 @@ class RecordEpisode(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         self._episode = -1
         self._header: dict[str, Any] | None = None
         self._steps: list[list[Any]] = []
-        setting_of(env, type(self).__name__)
+        self._setting = setting_of(env, type(self).__name__)
         self._made_as = self._how_made(env)
 
     def _how_made(self, env: gymnasium.Env[Any, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class RecordEpisode(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
             self._header = {
                 "format": FORMAT,
                 **self._made_as,
-                "scenario_hash": config_hash(base.setting.scenario),
+                "scenario_hash": config_hash(self._setting.scenario),
                 "seed": seed,
                 "episode": base.episode.info,
                 "requests_hash": base.episode.requests.hash,
@@ -224,10 +224,10 @@ def _made(path: Path, header: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     try:
         env = gymnasium.make(env_id, max_episode_steps=header["max_episode_steps"], **header["kwargs"])
         base: Any = env.unwrapped
-        scenario = config_hash(base.setting.scenario)
+        scenario = config_hash(setting_of(env, "replay").scenario)
         if scenario != header["scenario_hash"]:
             raise ReplayError(
-                f"{path}: scenario {base.setting.scenario_name!r} has changed since: it was {header['scenario_hash']}, "
+                f"{path}: its scenario has changed since: the hash of its values was {header['scenario_hash']}, "
                 f"is {scenario}"
             )
         env.reset(options=header["episode"])

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
 from biscale_gym.envs.errors import EnvironmentUsageError
-from biscale_gym.envs.wrappers.native import setting_of, with_own_observations
+from biscale_gym.envs.wrappers.native import native, setting_of, with_own_observations
 from biscale_gym.envs.wrappers.steps import FrameSkip
 
 
@@ -34,7 +34,7 @@ def penalty_of_own_reward(env: Any, wrapper: str) -> float:
 
 def energy_alone(reward: Any, info: dict[str, Any], penalty: float) -> Any:
     """What is left of the default reward without its penalty."""
-    return reward + penalty * info["violations"]
+    return reward + penalty * info["cost"]
 
 
 def requests_for_energy(info: dict[str, Any], budget_j: float, penalty: float) -> Any:
@@ -76,10 +76,11 @@ def discount_factor(value: float | None) -> float | None:
 
 
 class CostConstrained(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """The reward is the energy alone; ``info["cost"]``, the number of SLO violations, is left to a constraint.
+    """The reward is the energy alone; ``info["cost"]``, the SLO violations, is left to a constraint.
 
-    r = - joules / (reference power x 1 s), as in the default reward. For methods with a Lagrangian or a safety layer,
-    which read ``info["cost"]`` as Safety-Gymnasium has it; ``SafetySteps`` hands it out in its tuple of six.
+    r is the default reward's first term: - joules / (reference power x 1 s) where actions are clocks. For methods with
+    a Lagrangian or a safety layer, which read ``info["cost"]`` as Safety-Gymnasium has it; ``SafetySteps`` hands it out
+    in its tuple of six.
 
     Raises:
         EnvironmentUsageError: no environment of this package, or its reward was changed below.
@@ -112,7 +113,7 @@ class EnergyPerRequest(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorA
         violation_penalty: of a request that breaks its SLO, in completed requests.
 
     Raises:
-        EnvironmentUsageError: no environment of this package, its reward was changed below, or a wrong number.
+        EnvironmentUsageError: no environment of clocks, its reward was changed below, or a wrong number.
     """
 
     replaces_reward = True
@@ -120,6 +121,7 @@ class EnergyPerRequest(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorA
     def __init__(self, env: gymnasium.Env[Any, Any], budget_j: float, violation_penalty: float = 1.0) -> None:
         RecordConstructorArgs.__init__(self, budget_j=budget_j, violation_penalty=violation_penalty)
         super().__init__(env)
+        native(env, type(self).__name__)
         penalty_of_own_reward(env, type(self).__name__)
         self.budget_j = positive("EnergyPerRequest: budget_j", budget_j)
         self.violation_penalty = zero_or_more("EnergyPerRequest: violation_penalty", violation_penalty)

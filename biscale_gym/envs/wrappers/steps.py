@@ -11,6 +11,7 @@ from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
 from biscale_gym.envs.errors import EnvironmentUsageError
+from biscale_gym.envs.wrappers.native import native
 
 ADDED = (
     "energy_j",
@@ -58,12 +59,13 @@ class FrameSkip(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         n: decisions per step.
 
     Raises:
-        EnvironmentUsageError: n is below 1.
+        EnvironmentUsageError: n is below 1, or no environment of clocks.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], n: int) -> None:
         RecordConstructorArgs.__init__(self, n=n)
         super().__init__(env)
+        native(env, type(self).__name__)
         self.n = at_least_one("FrameSkip: n", n)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
