@@ -45,15 +45,18 @@ _OF_ALL = {"observation_space": "single_observation_space", "action_space": "sin
 class GymnasiumVecEnv(VecEnv):
     """A vector environment of this project as SB3 knows them; nothing is copied per lane.
 
-    At an episode's end the lane's info holds ``terminal_observation``, ``TimeLimit.truncated`` (always True) and
-    ``episode_metrics``, besides the step's terms, which every info holds.
+    At an episode's end the lane's info holds ``terminal_observation``, ``TimeLimit.truncated`` (always True),
+    ``episode_metrics`` and the last step's terms.
 
     Args:
         envs: a native vector environment, or Gymnasium's SyncVectorEnv; ended lanes are reset within the same step.
+        step_infos: whether the infos of other steps hold their terms, too. They are empty otherwise: making the
+            dictionaries takes longer than stepping the lanes.
     """
 
-    def __init__(self, envs: gymnasium.vector.VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, envs: gymnasium.vector.VectorEnv[Any, Any, Any], step_infos: bool = False) -> None:
         self.envs = envs
+        self.step_infos = step_infos
         self.spec = envs.spec
         self._actions: NDArray[Any] | None = None
         # What a native step tells of every lane; others tell of each lane what they like.
@@ -95,10 +98,8 @@ class GymnasiumVecEnv(VecEnv):
             float32[N, size], float32[N], bool[N], N infos.
         """
         obs, rewards, _, ended, infos = self.envs.step(self._actions)
-        if self._terms:
-            rows = zip(*(infos[name].tolist() for name in self._terms), strict=True)
-            told: list[dict[str, Any]] = [dict(zip(self._terms, row, strict=True)) for row in rows]
-        else:
+        told: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if self.step_infos:
             told = [lane_info(infos, lane) for lane in range(self.num_envs)]
         for lane in np.flatnonzero(ended):
             told[lane] = self._terminal(lane_info(infos, int(lane)), int(lane))
@@ -185,13 +186,16 @@ class GymnasiumVecEnv(VecEnv):
         return list(images)
 
 
-def make_vec_env(env_id: str, n_envs: int = 1, seed: int | None = None, **env_kwargs: Any) -> GymnasiumVecEnv:
+def make_vec_env(
+    env_id: str, n_envs: int = 1, seed: int | None = None, step_infos: bool = False, **env_kwargs: Any
+) -> GymnasiumVecEnv:
     """A VecEnv for SB3 over an id's own vector environment.
 
     Args:
         env_id: e.g. ``BiScale/Prefill-v0``.
         n_envs: lanes.
         seed: lane n begins with ``seed + n``; None: random.
+        step_infos: whether every step's info holds its terms (energy, violations, …), at some cost in speed.
         env_kwargs: settings of the environment.
 
     Raises:
@@ -199,7 +203,7 @@ def make_vec_env(env_id: str, n_envs: int = 1, seed: int | None = None, **env_kw
         ConfigError: as the environment.
     """
     envs = gymnasium.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs)
-    vec_env = GymnasiumVecEnv(envs)
+    vec_env = GymnasiumVecEnv(envs, step_infos)
     if seed is not None:
         vec_env.seed(seed)
     return vec_env

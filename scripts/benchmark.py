@@ -1,7 +1,7 @@
 """How fast the project is. docs/benchmarks.md says what each figure means.
 
-``python scripts/benchmark.py engine`` prints a table (``planners`` and ``envs`` others); ``--json FILE`` writes the figures,
-``--json -`` prints them and sends the table to standard error.
+``python scripts/benchmark.py engine`` prints a table (``planners`` and ``envs`` others); ``--json FILE`` writes the
+figures, ``--json -`` prints them and sends the table to standard error.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Goal:
         """Label, the value with its unit, and the goal (marked where it is missed)."""
         shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         if self.at_least is not None:
-            goal, met = f"≥ {self.at_least:,g}", value >= self.at_least
+            least = f"{self.at_least:,.0f}" if self.at_least >= 1 else f"{self.at_least:g}"
+            goal, met = f"≥ {least}", value >= self.at_least
         elif self.below is not None:
             goal, met = f"< {self.below:g}", value < self.below
         else:

@@ -34,7 +34,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_it_does_what_sb3_does_with_single_environments(env_id: str) -> None:
-    ours, theirs = make_vec_env(env_id, LANES, seed=3, **short(env_id)), dummy(env_id, **short(env_id))
+    ours, theirs = make_vec_env(env_id, LANES, seed=3, step_infos=True, **short(env_id)), dummy(env_id, **short(env_id))
     assert isinstance(ours, VecEnv)
     assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
     theirs.seed(3)
@@ -80,7 +80,8 @@ def test_an_episodes_end_is_told_in_full() -> None:
     assert not np.array_equal(info["terminal_observation"], obs[lane])
     assert info["episode_metrics"]["prefill_energy_j"] > 0
     assert envs.reset_infos[lane]["split"] == "train"
-    assert all("terminal_observation" not in infos[other] for other in range(LANES) if not dones[other])
+    assert all(infos[other] == {} for other in range(LANES) if not dones[other])
+    assert info["now_s"] == pytest.approx(4.0)
 
 
 def test_options_may_differ_between_lanes_and_serve_once() -> None:
