@@ -19,9 +19,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import SyncVectorEnv
 from numpy.typing import NDArray
 
 from biscale_gym.envs.errors import EnvironmentUsageError
+from biscale_gym.envs.vector import NativeVectorEnv
 from biscale_gym.envs.vector_info import lane_info
 
 try:
@@ -40,20 +42,25 @@ _OF_ALL = {"observation_space": "single_observation_space", "action_space": "sin
 """Attributes of a single environment that the vector environment has by another name."""
 
 
-class NativeVecEnv(VecEnv):
-    """A native vector environment as SB3 knows them; nothing is copied per lane.
+class GymnasiumVecEnv(VecEnv):
+    """A vector environment of this project as SB3 knows them; nothing is copied per lane.
 
-    At an episode's end the lane's info holds ``terminal_observation``, ``TimeLimit.truncated`` (always True) and
-    ``episode_metrics``, besides the step's terms, which every info holds.
+    At an episode's end the lane's info holds ``terminal_observation``, ``TimeLimit.truncated`` (always True),
+    ``episode_metrics`` and the last step's terms.
 
     Args:
-        envs: a vector environment of this project; it resets ended lanes within the same step.
+        envs: a native vector environment, or Gymnasium's SyncVectorEnv; ended lanes are reset within the same step.
+        step_infos: whether the infos of other steps hold their terms, too. They are empty otherwise: making the
+            dictionaries takes longer than stepping the lanes.
     """
 
-    def __init__(self, envs: gymnasium.vector.VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, envs: gymnasium.vector.VectorEnv[Any, Any, Any], step_infos: bool = False) -> None:
         self.envs = envs
+        self.step_infos = step_infos
         self.spec = envs.spec
         self._actions: NDArray[Any] | None = None
+        # What a native step tells of every lane; others tell of each lane what they like.
+        self._terms = tuple(envs.setting.term_columns) if isinstance(envs, NativeVectorEnv) else ()
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> VecEnvObs:
@@ -91,11 +98,9 @@ class NativeVecEnv(VecEnv):
             float32[N, size], float32[N], bool[N], N infos.
         """
         obs, rewards, _, ended, infos = self.envs.step(self._actions)
-        # At a step at which a lane ended, infos also hold what its new episode reports; the terms are in all of them.
-        terms = infos.get("final_info", infos)
-        names = [name for name in terms if not name.startswith("_") and name in infos]
-        rows = zip(*(infos[name].tolist() for name in names), strict=True)
-        told = [dict(zip(names, row, strict=True)) for row in rows]
+        told: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if self.step_infos:
+            told = [lane_info(infos, lane) for lane in range(self.num_envs)]
         for lane in np.flatnonzero(ended):
             told[lane] = self._terminal(lane_info(infos, int(lane)), int(lane))
         return obs, rewards.astype(np.float32), ended, told
@@ -105,7 +110,7 @@ class NativeVecEnv(VecEnv):
         last: dict[str, Any] = told.pop("final_info")
         last["terminal_observation"] = told.pop("final_obs")
         last["TimeLimit.truncated"] = True
-        self.reset_infos[lane] = {name: value for name, value in told.items() if name not in last}
+        self.reset_infos[lane] = {name: value for name, value in told.items() if name not in self._terms}
         return last
 
     def close(self) -> None:
@@ -122,18 +127,23 @@ class NativeVecEnv(VecEnv):
             AttributeError: there is none.
         """
         chosen = self._chosen(indices)
+        if isinstance(self.envs, SyncVectorEnv):
+            return [self.envs.envs[lane].get_wrapper_attr(attr_name) for lane in chosen]
         if attr_name in _OF_A_LANE:
             values = getattr(self.envs, _OF_A_LANE[attr_name])
             return [values[lane] for lane in chosen]
-        value = getattr(self.envs, _OF_ALL.get(attr_name, attr_name))
-        return [value] * len(chosen)
+        return [getattr(self.envs, _OF_ALL.get(attr_name, attr_name))] * len(chosen)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set a shared attribute.
+        """Set an attribute of the chosen lanes' environments; in a native vector environment they share it.
 
         Raises:
-            EnvironmentUsageError: for some lanes only, or an attribute that each lane has of its own.
+            EnvironmentUsageError: a shared one for some lanes only, or one that each lane's episode has of its own.
         """
+        if isinstance(self.envs, SyncVectorEnv):
+            for lane in self._chosen(indices):
+                self.envs.envs[lane].set_wrapper_attr(attr_name, value)
+            return
         if set(self._chosen(indices)) != set(range(self.num_envs)):
             raise EnvironmentUsageError(f"set_attr: lanes share {attr_name!r}; set it for all of them (indices=None)")
         if attr_name in _OF_A_LANE:
@@ -143,12 +153,17 @@ class NativeVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """The chosen lanes' rows of what a method of the vector environment returns, e.g. ``action_masks``.
+        """What a method of each chosen lane's environment returns, e.g. ``action_masks``.
+
+        Of a native vector environment: the rows of what its own method of that name returns for all lanes.
 
         Raises:
             AttributeError: there is no such method.
             EnvironmentUsageError: it does not return one row per lane.
         """
+        if isinstance(self.envs, SyncVectorEnv):
+            methods = self.get_attr(method_name, indices)
+            return [method(*method_args, **method_kwargs) for method in methods]
         rows = getattr(self.envs, method_name)(*method_args, **method_kwargs)
         if not isinstance(rows, (Sequence, np.ndarray)) or len(rows) != self.num_envs:
             raise EnvironmentUsageError(
@@ -171,21 +186,24 @@ class NativeVecEnv(VecEnv):
         return list(images)
 
 
-def make_vec_env(env_id: str, n_envs: int = 1, seed: int | None = None, **env_kwargs: Any) -> NativeVecEnv:
-    """A VecEnv for SB3 over the native vector environment of an id.
+def make_vec_env(
+    env_id: str, n_envs: int = 1, seed: int | None = None, step_infos: bool = False, **env_kwargs: Any
+) -> GymnasiumVecEnv:
+    """A VecEnv for SB3 over an id's own vector environment.
 
     Args:
         env_id: e.g. ``BiScale/Prefill-v0``.
         n_envs: lanes.
         seed: lane n begins with ``seed + n``; None: random.
+        step_infos: whether every step's info holds its terms (energy, violations, …), at some cost in speed.
         env_kwargs: settings of the environment.
 
     Raises:
-        gymnasium.error.Error: the id is unknown, or has no native vector environment.
+        gymnasium.error.Error: the id is unknown, or has no vector environment.
         ConfigError: as the environment.
     """
     envs = gymnasium.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs)
-    vec_env = NativeVecEnv(envs)
+    vec_env = GymnasiumVecEnv(envs, step_infos)
     if seed is not None:
         vec_env.seed(seed)
     return vec_env

@@ -1,7 +1,7 @@
 """How fast the project is. docs/benchmarks.md says what each figure means.
 
-``python scripts/benchmark.py engine`` prints a table (``planners`` another); ``--json FILE`` writes the figures,
-``--json -`` prints them and sends the table to standard error.
+``python scripts/benchmark.py engine`` prints a table (``planners`` and ``envs`` others); ``--json FILE`` writes the
+figures, ``--json -`` prints them and sends the table to standard error.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ from biscale_gym.control.rollout import RunJob, run
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import requests_for
 from biscale_gym.profiles import load_profile
+from biscale_gym.testing.trajectories import Actions, lane_masks_of, masks_of
 from biscale_gym.traces import Trace, generate, load_workload
 
 Vector = NDArray[np.float64]
@@ -66,7 +68,8 @@ class Goal:
         """Label, the value with its unit, and the goal (marked where it is missed)."""
         shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         if self.at_least is not None:
-            goal, met = f"≥ {self.at_least:,.0f}", value >= self.at_least
+            least = f"{self.at_least:,.0f}" if self.at_least >= 1 else f"{self.at_least:g}"
+            goal, met = f"≥ {least}", value >= self.at_least
         elif self.below is not None:
             goal, met = f"< {self.below:g}", value < self.below
         else:
@@ -82,7 +85,9 @@ class Benchmark:
     goals: tuple[Goal, ...]
     about: str
     peers: tuple[tuple[str, float], ...] = ()
-    """Requests per CPU-second of other simulators, to stand beside ``requests_per_cpu_s``."""
+    """Others, and what they do per CPU-second."""
+    beside: tuple[str, str] = ("requests_per_cpu_s", "requests")
+    """The figure that stands beside the peers', and what it counts."""
 
 
 # -- engine ------------------------------------------------------------------------------------------------------------
@@ -539,7 +544,195 @@ PLANNERS = Benchmark(
     ),
 )
 
-BENCHMARKS: dict[str, Benchmark] = {"engine": ENGINE, "planners": PLANNERS}
+# -- environments ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EnvSizes:
+    """How much is played; the defaults are the published benchmark's.
+
+    Attributes:
+        ids: of the environments.
+        settings: of every one of them.
+        single_steps, vector_steps: of a repeat, which begins with a reset; steps of all lanes together.
+        lanes: of the vector environments.
+        repeats: the median of so many counts.
+        ppo_id: what PPO trains on.
+        ppo_rollouts: of ``ppo_batch`` x 4 steps each, in a repeat.
+        ppo_batch: its batch.
+        ppo_repeats: pairs of PPO on the environment and on the trivial one.
+    """
+
+    ids: tuple[str, ...] = tuple(f"BiScale/{name}-v0" for name in ("Prefill", "Decode", "Cluster", "Placement"))
+    settings: dict[str, Any] = field(default_factory=dict)
+    single_steps: int = 20_000
+    vector_steps: int = 640_000
+    lanes: int = 64
+    repeats: int = 5
+    ppo_id: str = "BiScale/Prefill-v0"
+    ppo_rollouts: int = 2
+    ppo_batch: int = 2048
+    ppo_repeats: int = 7
+
+
+def median_cpu_s(work: Callable[[], object], repeats: int) -> float:
+    """Median CPU seconds of ``work`` after a run that warms up."""
+    work()
+    each_s = []
+    for _ in range(repeats):
+        start_s = time.process_time()
+        work()
+        each_s.append(time.process_time() - start_s)
+    return float(np.median(each_s))
+
+
+def single_steps_per_cpu_s(env_id: str, sizes: EnvSizes) -> float:
+    """Steps per CPU-second of one environment as ``gymnasium.make`` gives it, a reset included; random actions."""
+    env = gymnasium.make(env_id, **sizes.settings)
+    actions = Actions(seed=0)
+    masked = env.has_wrapper_attr("action_masks")
+    steps = sizes.single_steps // 100 if masked else sizes.single_steps
+    drawn = [actions.next(env.action_space, None) for _ in range(steps)]
+
+    def play() -> None:
+        env.reset(seed=0)
+        for action in drawn:
+            # Masks are part of choosing.
+            chosen = actions.next(env.action_space, masks_of(env)) if masked else action
+            _, _, terminated, truncated, _ = env.step(chosen)
+            if terminated or truncated:
+                env.reset()
+
+    return steps / median_cpu_s(play, sizes.repeats)
+
+
+def vector_steps_per_cpu_s(env_id: str, sizes: EnvSizes) -> float:
+    """The same of all lanes of a vector environment together, as ``gymnasium.make_vec`` gives it."""
+    envs: Any = gymnasium.make_vec(env_id, sizes.lanes, vectorization_mode="vector_entry_point", **sizes.settings)
+    actions = Actions(seed=0)
+    space = envs.single_action_space
+    masked = hasattr(envs, "call")
+    steps = max(1, sizes.vector_steps // sizes.lanes // (1000 if masked else 1))
+    drawn = [np.stack([actions.next(space, None) for _ in range(sizes.lanes)]) for _ in range(64)]
+
+    def play() -> None:
+        envs.reset(seed=0)
+        for number in range(steps):
+            if masked:
+                envs.step(np.stack([actions.next(space, mask) for mask in lane_masks_of(envs)]))
+            else:
+                envs.step(drawn[number % len(drawn)])
+
+    return steps * sizes.lanes / median_cpu_s(play, sizes.repeats)
+
+
+def measure_ppo(sizes: EnvSizes) -> Figures:
+    """CPU time of PPO on a trivial VecEnv over that on the environment: steps per CPU-second as a share of the best.
+
+    The trivial one has the same spaces and hands out the same arrays at every step. Both train in turn, on one thread.
+    """
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from biscale_gym.sb3 import make_vec_env
+
+    class Trivial(VecEnv):
+        """Does nothing."""
+
+        def __init__(self, observation_space: Any, action_space: Any) -> None:
+            super().__init__(sizes.lanes, observation_space, action_space)
+            self.obs = np.stack([observation_space.sample() for _ in range(sizes.lanes)])
+            self.rewards = np.zeros(sizes.lanes, np.float32)
+            self.dones = np.zeros(sizes.lanes, np.bool_)
+            self.infos: list[dict[str, Any]] = [{} for _ in range(sizes.lanes)]
+
+        def reset(self) -> Any:
+            return self.obs
+
+        def step_async(self, actions: Any) -> None:
+            pass
+
+        def step_wait(self) -> Any:
+            return self.obs, self.rewards, self.dones, self.infos
+
+        def close(self) -> None:
+            pass
+
+        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+            return [None] * sizes.lanes
+
+        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+            pass
+
+        def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+            return [None] * sizes.lanes
+
+        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+            return [False] * sizes.lanes
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours = make_vec_env(sizes.ppo_id, sizes.lanes, seed=0, **sizes.settings)
+    rollout = 4 * sizes.ppo_batch
+    steps = sizes.ppo_rollouts * rollout
+    models = [
+        PPO("MlpPolicy", envs, n_steps=rollout // sizes.lanes, batch_size=sizes.ppo_batch, n_epochs=4, seed=0)
+        for envs in (ours, Trivial(ours.observation_space, ours.action_space))
+    ]
+    cpu_s: list[list[float]] = [[], []]
+    for repeat in range(sizes.ppo_repeats + 1):
+        for model, each_s in zip(models, cpu_s, strict=True):
+            start_s = time.process_time()
+            model.learn(steps, reset_num_timesteps=False)
+            if repeat > 0:
+                each_s.append(time.process_time() - start_s)
+    torch.set_num_threads(threads)
+    return {
+        "ppo_steps_per_cpu_s": steps / float(np.median(cpu_s[0])),
+        "ppo_trivial_steps_per_cpu_s": steps / float(np.median(cpu_s[1])),
+        "ppo_ratio_to_trivial": float(np.median(np.array(cpu_s[1]) / np.array(cpu_s[0]))),
+    }
+
+
+def measure_envs(sizes: EnvSizes | None = None) -> Figures:
+    """All figures of the environments."""
+    sizes = sizes or EnvSizes()
+    figures: Figures = {
+        env_id: {
+            "single_steps_per_cpu_s": single_steps_per_cpu_s(env_id, sizes),
+            "vector64_steps_per_cpu_s": vector_steps_per_cpu_s(env_id, sizes),
+        }
+        for env_id in sizes.ids
+    }
+    return figures | measure_ppo(sizes)
+
+
+def _env_goals(name: str, single: float | None, vector: float | None) -> tuple[Goal, ...]:
+    key, unit = f"BiScale/{name}-v0", "steps/CPU-s"
+    return (
+        Goal(f"{key}.single_steps_per_cpu_s", f"{name}-v0, gymnasium.make", unit, single),
+        Goal(f"{key}.vector64_steps_per_cpu_s", "… 64 lanes, gymnasium.make_vec", unit, vector),
+    )
+
+
+ENVS = Benchmark(
+    measure=measure_envs,
+    about="speed of the environments",
+    goals=(
+        *_env_goals("Prefill", 50_000, 1_000_000),
+        *_env_goals("Decode", 50_000, 1_000_000),
+        *_env_goals("Cluster", 20_000, 200_000),
+        *_env_goals("Placement", None, None),
+        Goal("ppo_steps_per_cpu_s", "SB3's PPO on Prefill-v0, 64 lanes, batch 2,048, 4 epochs", "steps/CPU-s"),
+        Goal("ppo_trivial_steps_per_cpu_s", "… on an environment that does nothing", "steps/CPU-s"),
+        Goal("ppo_ratio_to_trivial", "… the one over the other", "", 0.9),
+    ),
+    peers=(("CityLearn", 416.0), ("SustainDC", 424.0), ("Grid2Op", 1_310.0)),
+    beside=("BiScale/Prefill-v0.single_steps_per_cpu_s", "steps"),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {"engine": ENGINE, "planners": PLANNERS, "envs": ENVS}
 """Sub-commands by name."""
 
 
@@ -554,9 +747,10 @@ def tables(name: str, figures: Figures) -> list[Table]:
         own.add_row(*goal.cells(goal.read(figures)))
     shown = [own]
     if benchmark.peers:
-        ours = figures["requests_per_cpu_s"]
-        beside = Table("simulator", "requests/CPU-s", "ours is", title="beside its peers", title_justify="left")
-        beside.add_row("this engine", f"{ours:,.0f}", "")
+        key, counted = benchmark.beside
+        ours = Goal(key, "", "").read(figures)
+        beside = Table("peer", f"{counted}/CPU-s", "ours is", title="beside its peers", title_justify="left")
+        beside.add_row("this project", f"{ours:,.0f}", "")
         for peer, rate in benchmark.peers:
             beside.add_row(peer, f"~{rate:,.0f}", f"{ours / rate:,.0f} ×")
         shown.append(beside)

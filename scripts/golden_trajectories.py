@@ -24,6 +24,7 @@ from biscale_gym.testing.trajectories import Actions, names_of, play
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "envs" / "golden"
 SETTINGS: dict[str, Any] = {"scenario": "smoke", "episode_s": 5.0, "warmup_s": 2.0}
+QUICK_TABLE = {"requests_per_probe": 200, "probe_warmup_s": 1.0, "rate_tolerance": 0.2, "overrides": {"window_s": 3.0}}
 SEED = 2026
 ACTIONS = [2, 0, 1, 1, 2, 0, 0]
 STEPS = 400
@@ -42,6 +43,11 @@ def path_of(env_id: str) -> Path:
     return FOLDER / f"{env_id.split('/')[1]}.json"
 
 
+def settings_of(env_id: str) -> dict[str, Any]:
+    """What an environment is made with."""
+    return {**SETTINGS, **(QUICK_TABLE if "Placement" in env_id else {})}
+
+
 def record(env_id: str) -> dict[str, Any]:
     """Play an environment and tell what came of it.
 
@@ -49,7 +55,7 @@ def record(env_id: str) -> dict[str, Any]:
         ``digest``: SHA-256 of all observations and rewards; ``numbers``: sums over the steps, and the entries of the
         last observation that are not 0, by name; and what was played, and on what.
     """
-    env = gymnasium.make(env_id, disable_env_checker=True, **SETTINGS)
+    env = gymnasium.make(env_id, disable_env_checker=True, **settings_of(env_id))
     played = play(env, SEED, Actions(ACTIONS), STEPS)
     steps = [one for one in played if one.action is not None]
     digest = hashlib.sha256()
@@ -60,7 +66,7 @@ def record(env_id: str) -> dict[str, Any]:
     numbers |= {name: float(sum(one.info[name] for one in steps)) for name in SUMMED}
     last = zip(names_of(env), played[-1].obs.ravel().tolist(), strict=True)
     numbers |= {f"last {name}": value for name, value in last if value != 0.0}
-    made = {"settings": SETTINGS, "seed": SEED, "actions": ACTIONS, "steps": STEPS}
+    made = {"settings": settings_of(env_id), "seed": SEED, "actions": ACTIONS, "steps": STEPS}
     return {"id": env_id, **made, "digest": digest.hexdigest(), "numbers": numbers, "fingerprint": fingerprint()}
 
 

@@ -66,6 +66,35 @@ def test_planners_are_measured(benchmark: ModuleType) -> None:
     assert len(list(benchmark.tables("planners", figures)[0].rows)) == len(shown)
 
 
+def test_environments_are_measured(benchmark: ModuleType) -> None:
+    pytest.importorskip("stable_baselines3")
+    quick = {"scenario": "smoke", "episode_s": 3.0, "warmup_s": 1.0}
+    sizes = benchmark.EnvSizes(
+        ids=("BiScale/Prefill-v0", "BiScale/Decode-v0", "BiScale/Cluster-v0"),
+        settings=quick,
+        single_steps=200,
+        vector_steps=400,
+        lanes=4,
+        repeats=1,
+        ppo_rollouts=1,
+        ppo_batch=32,
+        ppo_repeats=1,
+    )
+    figures = benchmark.measure_envs(sizes)
+    goals = [goal for goal in benchmark.ENVS.goals if "Placement" not in goal.key]
+    assert all(math.isfinite(goal.read(figures)) and goal.read(figures) > 0 for goal in goals)
+    assert set(figures["BiScale/Cluster-v0"]) == {"single_steps_per_cpu_s", "vector64_steps_per_cpu_s"}
+    assert "ppo_ratio_to_trivial" in figures
+
+
+def test_masked_environments_are_measured(benchmark: ModuleType) -> None:
+    quick = {"requests_per_probe": 200, "probe_warmup_s": 1.0, "rate_tolerance": 0.2}
+    settings = {"scenario": "smoke", "episode_s": 20.0, **quick}
+    sizes = benchmark.EnvSizes(settings=settings, single_steps=3000, vector_steps=4000, lanes=2, repeats=1)
+    assert benchmark.single_steps_per_cpu_s("BiScale/Placement-v0", sizes) > 0
+    assert benchmark.vector_steps_per_cpu_s("BiScale/Placement-v0", sizes) > 0
+
+
 def test_all_requests_of_the_load_are_served(benchmark: ModuleType) -> None:
     trace = benchmark.linear_trace(2, 20.0)
     simulator = benchmark.linear_cluster(2, trace)

@@ -22,9 +22,11 @@ from biscale_gym.envs.cluster_lanes import overdue
 from biscale_gym.envs.cluster_layout import SLOTS_PER_PHASE
 from biscale_gym.envs.episodes import Episode, EpisodeSource
 from biscale_gym.envs.errors import EnvironmentUsageError
+from biscale_gym.envs.layout import numbered
 from biscale_gym.envs.placement_layout import MOST_INSTANCES, PAST_WINDOWS, PEAKS_S, log_rate, placement_entries
 from biscale_gym.envs.setting import decided
 from biscale_gym.envs.settings import PlacementEnvSettings
+from biscale_gym.envs.snapshots import Snapshots
 from biscale_gym.envs.windows import WindowDemand
 from biscale_gym.metrics import Counted, measure
 from biscale_gym.planning.classes import Column, InstanceClass, Measurement, fitting_degrees
@@ -33,7 +35,7 @@ from biscale_gym.planning.relaxation import usable_table
 Observation = NDArray[np.float32]
 
 
-class PlacementEnv(gymnasium.Env[Observation, Any]):
+class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
     """Tier 1 as an environment: an action adds an instance of a class, the last action commits and plays the window.
 
     Clocks within the window are another controller's. Observation: ``placement_entries``. Reward of a commit: -(joules
@@ -53,6 +55,7 @@ class PlacementEnv(gymnasium.Env[Observation, Any]):
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 - as Gymnasium declares it
     env_id = "BiScale/Placement-v0"
+    _changing = ("episode", "demand", "placement", "window", "chosen", "_start", "_over")
 
     def __init__(self, scenario: str = "paper-67", render_mode: str | None = None, **settings: Any) -> None:
         overrides = settings.pop("overrides", None)
@@ -64,12 +67,18 @@ class PlacementEnv(gymnasium.Env[Observation, Any]):
         cluster = self.scenario.cluster
         self.profile = cluster.profile()
         self.source = EpisodeSource(self.scenario, self.profile, self.settings, lambda demand, instance: demand)
+        if self.source.warmup_s >= self.scenario.window_s:
+            raise ConfigError(
+                f"environment {self.env_id}: warmup_s is {self.source.warmup_s:g}, expected less than the scenario's "
+                f"window_s of {self.scenario.window_s:g}: the first window's placement is in force during the warm-up"
+            )
         self.clocks_mhz = tuple(sorted({*self.scenario.clocks_mhz, self.scenario.top_clock_mhz}))
         self._tier2: Controller | None = None
         if self.settings.clocks != "hold":
             self._tier2 = make_controller(self.settings.clocks)
         self.classes = self._class_table()
         self.observation_entries = placement_entries(len(self.classes))
+        self.observation_names = numbered(self.observation_entries)
         low = np.concatenate([np.full(entry.size, entry.low) for entry in self.observation_entries])
         high = np.concatenate([np.full(entry.size, entry.high) for entry in self.observation_entries])
         self.observation_space = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)

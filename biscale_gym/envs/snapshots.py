@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from biscale_gym.cluster.simulator import Simulator, Snapshot
+from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError
 
 
@@ -18,14 +19,14 @@ class EnvSnapshot:
 
     Attributes:
         owner: the environment.
-        simulator, state: the episode's simulator, and everything in it that running changes.
+        simulator, state: the episode's simulator, and everything in it that running changes; None where there is none.
         generator: state of the environment's random generator.
         parts: the environment's own attributes, copied.
     """
 
     owner: object
-    simulator: Simulator
-    state: Snapshot
+    simulator: Simulator | None
+    state: Snapshot | None
     generator: dict[str, Any]
     parts: dict[str, Any]
 
@@ -35,8 +36,8 @@ class Snapshots:
 
     _changing: ClassVar[tuple[str, ...]]
     """Attributes that ``reset`` and ``step`` change, beside the simulator and the random generator."""
-    simulator: Any
     _simulator: Simulator | None
+    episode: Episode | None
     np_random: np.random.Generator
 
     def snapshot(self) -> EnvSnapshot:
@@ -45,9 +46,12 @@ class Snapshots:
         Raises:
             EnvironmentUsageError: before the first reset.
         """
-        simulator: Simulator = self.simulator
+        if self.episode is None:
+            raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
+        simulator = self._simulator
+        state = None if simulator is None else simulator.snapshot()
         parts = {name: copy.copy(getattr(self, name)) for name in self._changing}
-        return EnvSnapshot(self, simulator, simulator.snapshot(), dict(self.np_random.bit_generator.state), parts)
+        return EnvSnapshot(self, simulator, state, dict(self.np_random.bit_generator.state), parts)
 
     def restore(self, snapshot: EnvSnapshot) -> None:
         """Go back to a snapshot of this environment, over the borders of episodes too.
@@ -57,7 +61,8 @@ class Snapshots:
         """
         if snapshot.owner is not self:
             raise EnvironmentUsageError("restore: the snapshot is another environment's; play that one, or reset this")
-        snapshot.simulator.restore(snapshot.state)
+        if snapshot.simulator is not None and snapshot.state is not None:
+            snapshot.simulator.restore(snapshot.state)
         self._simulator = snapshot.simulator
         self.np_random.bit_generator.state = snapshot.generator
         for name, value in snapshot.parts.items():

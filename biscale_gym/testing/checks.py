@@ -17,6 +17,8 @@ import numpy as np
 from gymnasium.utils.env_checker import check_env
 
 from biscale_gym.cluster.simulator import Simulator
+from biscale_gym.envs.errors import EnvironmentUsageError
+from biscale_gym.envs.vector import NativeVectorEnv
 from biscale_gym.envs.vector_info import lane_info
 from biscale_gym.testing.trajectories import (
     Actions,
@@ -26,6 +28,7 @@ from biscale_gym.testing.trajectories import (
     difference,
     first_step,
     go_on,
+    lane_masks_of,
     masks_of,
     names_of,
     next_step,
@@ -177,7 +180,7 @@ def check_vector_equals_single(
     threads: Sequence[int] = (1, 2),
     **settings: Any,
 ) -> None:
-    """Lane n of the native vector environment, seeded with s, is the single environment seeded with s + n.
+    """Lane n of the id's own vector environment, seeded with s, is the single environment seeded with s + n.
 
     Compared to the last bit: observations, rewards, infos, masks, ``final_obs`` and ``final_info``, through at least
     one automatic reset of every lane.
@@ -188,19 +191,23 @@ def check_vector_equals_single(
         steps: at least so many, and on until every lane was reset.
         actions: in turn, or random.
         num_envs: numbers of lanes.
-        threads: of the compiled step; each is tried with each number of lanes.
+        threads: of the compiled step; each is tried with each number of lanes, where the environment has one.
         settings: of the environment.
 
     Raises:
         AssertionError: at the first step, lane and entry that differ.
     """
     for lanes in num_envs:
+        vector: Any = gymnasium.make_vec(env_id, lanes, vectorization_mode="vector_entry_point", **settings)
+        if not isinstance(vector.unwrapped, NativeVectorEnv):
+            _check_lanes(f"{env_id}, {lanes} lanes", vector, env_id, seed, steps, actions, settings)
+            continue
         for count in threads:
-            vector: Any = gymnasium.make_vec(
+            what = f"{env_id}, {lanes} lanes on {count} thread{'s' if count > 1 else ''}"
+            vector = gymnasium.make_vec(
                 env_id, lanes, vectorization_mode="vector_entry_point", threads=count, **settings
             )
-            _check_lanes(f"{env_id}, {lanes} lanes on {count} threads", vector, env_id, seed, steps, actions, settings)
-            vector.close()
+            _check_lanes(what, vector, env_id, seed, steps, actions, settings)
 
 
 def _check_lanes(
@@ -256,7 +263,7 @@ def _check_masks(what: str, step: str, vector: Any, singles: Sequence[Env]) -> N
     masks = [masks_of(env) for env in singles]
     for lane, mask in enumerate(masks):
         if mask is not None:
-            ours = np.asarray(vector.action_masks())[lane]
+            ours = lane_masks_of(vector)[lane]
             wrong = np.flatnonzero(ours != mask)
             assert not wrong.size, f"{what}: {step}: lane {lane}: action_masks differs at choice {wrong[0]}"
 
@@ -267,14 +274,14 @@ def _assert_lane(what: str, step: str, lane: int, found: Step, expected: Step, n
 
 
 class _Books:
-    """The ledger's own account of an episode, from its first observation on."""
+    """The ledger's own account of an episode, from where it is opened on."""
 
-    def __init__(self, simulator: Simulator) -> None:
+    def __init__(self, simulator: Simulator, over: bool) -> None:
         self.simulator = simulator
         self.instances = simulator.instances()
         self.start_s = simulator.now_s
         self.finished = self._finished()
-        self.broken = self.violations(over=False)
+        self.broken = self.violations(over)
 
     def _finished(self) -> int:
         return int(self.simulator.requests().finished.sum())
@@ -294,7 +301,7 @@ class _Books:
     def violations(self, over: bool) -> int:
         """Requests that broke the SLO of a phase, each counted in each phase; at the end those past it in flight too.
 
-        All since the simulator's start; ``broken`` holds those before the first observation.
+        All since the simulator's start; ``broken`` holds those before the books were opened.
         """
         requests, now_s = self.simulator.requests(), self.simulator.now_s
         glob = self.simulator.state.glob[0]
@@ -339,6 +346,15 @@ class _Books:
         assert not backwards.any(), f"{where}: times of request {int(np.argmax(backwards))} are out of order"
 
 
+def _opened(env: Env, over: bool = False) -> _Books | None:
+    """Books of the environment's simulator; None where it has none yet, because nothing has been placed."""
+    inner: Any = env.unwrapped
+    try:
+        return _Books(inner.simulator, over)
+    except EnvironmentUsageError:
+        return None
+
+
 def check_conservation(
     env_id: str, *, seed: int = 0, actions: Sequence[int] | None = None, **settings: Any
 ) -> dict[str, float]:
@@ -350,6 +366,9 @@ def check_conservation(
     - Violations add up to the requests that the ledger shows late or rejected, at the end with those in flight that
       are past their deadline; ``dt_s`` adds up to the time that has passed.
     - Observations lie in the space, rewards are finite, nothing is ever terminated.
+
+    An environment that gets its simulator in the middle of an episode is held to it step by step from there on, and as
+    a whole by the episode's metrics.
 
     Args: as of ``check_environment``.
 
@@ -363,12 +382,12 @@ def check_conservation(
     names = names_of(env)
     chooser = Actions(actions, seed)
     last = first_step(env, seed)
-    inner: Any = env.unwrapped
-    books = _Books(inner.simulator)
     _check_step(f"{env_id}: reset", env, last, names)
-    at_reset = last.info
-    with_unallocated = "unallocated_energy_j" in last.info
+    books = _opened(env)
+    at_reset_j = last.info.get("energy_j", 0.0)
     told = dict.fromkeys(("energy_j", "violations", "completed", "dt_s", "reward", "steps"), 0.0)
+    unbooked = dict(told)
+    with_unallocated = False
     while not last.over:
         last = next_step(env, chooser)
         for name in ("energy_j", "violations", "completed", "dt_s"):
@@ -376,26 +395,30 @@ def check_conservation(
         told["reward"] += last.reward
         told["steps"] += 1
         where = f"{env_id}: step {told['steps']:.0f}"
-        _check_step(where, env, last, names)
-        books.check_requests(where)
-        joules = books.instances_j() + (books.unallocated_j() if with_unallocated else 0.0)
-        _check_close(where, "energy_j", told["energy_j"], joules)
-        broken = books.violations(last.over) - books.broken
-        assert told["violations"] == broken, (
-            f"{where}: violations so far are {told['violations']:.0f} by info, {broken} by the ledger"
-        )
-        assert told["completed"] == books.completed(), (
-            f"{where}: completed so far are {told['completed']:.0f} by info, {books.completed()} by the ledger"
-        )
-        _check_close(where, "dt_s", told["dt_s"], books.simulator.now_s - books.start_s)
-        _check_close(where, "now_s", last.info["now_s"], books.simulator.now_s)
         assert told["steps"] < LONGEST_EPISODE_STEPS, f"{where}: the episode never ended"
+        _check_step(where, env, last, names)
+        with_unallocated |= "unallocated_energy_j" in last.info
+        if books is None:
+            books, unbooked = _opened(env, last.over), dict(told)
+        if books is None:
+            continue
+        books.check_requests(where)
+        so_far = {name: told[name] - unbooked[name] for name in told}
+        joules = books.instances_j() + (books.unallocated_j() if with_unallocated else 0.0)
+        _check_close(where, "energy_j", so_far["energy_j"], joules)
+        broken, completed = books.violations(last.over) - books.broken, books.completed()
+        assert so_far["violations"] == broken, (
+            f"{where}: violations so far are {so_far['violations']:.0f} by info, {broken} by the ledger"
+        )
+        assert so_far["completed"] == completed, (
+            f"{where}: completed so far are {so_far['completed']:.0f} by info, {completed} by the ledger"
+        )
+        _check_close(where, "dt_s", so_far["dt_s"], books.simulator.now_s - books.start_s)
+        _check_close(where, "now_s", last.info["now_s"], books.simulator.now_s)
     metrics = last.info["episode_metrics"]
     measured_j = metrics.get("total_energy_j", metrics.get("prefill_energy_j", metrics.get("decode_energy_j")))
     assert measured_j is not None, f"{env_id}: episode_metrics has no joules: {sorted(metrics)}"
-    _check_close(
-        f"{env_id}: the episode with its reset", "energy_j", told["energy_j"] + at_reset["energy_j"], measured_j
-    )
+    _check_close(f"{env_id}: the episode with its reset", "energy_j", told["energy_j"] + at_reset_j, measured_j)
     return told
 
 

@@ -84,6 +84,12 @@ def masks_of(env: Env) -> NDArray[np.bool_] | None:
     return np.asarray(env.get_wrapper_attr("action_masks")(), dtype=np.bool_)
 
 
+def lane_masks_of(vector: Any) -> NDArray[np.bool_]:
+    """The action masks of a vector environment, a row per lane; Gymnasium's own passes the call on to its lanes."""
+    masks = vector.call("action_masks") if hasattr(vector, "call") else vector.action_masks()
+    return np.stack(masks).astype(np.bool_)
+
+
 def names_of(env: Env) -> list[str]:
     """A name for every number of the observation."""
     if env.has_wrapper_attr("observation_names"):

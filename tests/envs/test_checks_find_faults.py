@@ -35,7 +35,7 @@ FAULTS: list[tuple[str, Callable[..., object], str]] = [
     ("SnapshotWithoutItsGenerator", check_snapshot, r"restored \(snapshot at step 75\): step \d+: "),
     ("SnapshotThatDisturbs", check_snapshot, r"going on after a snapshot was made .*: step 0: "),
     ("SnapshotOnce", check_snapshot, r"restored after another episode .*: step 0: "),
-    ("ShiftedSeeds", check_vector_equals_single, r"3 lanes on 1 threads: reset: lane 1 against the single environment"),
+    ("ShiftedSeeds", check_vector_equals_single, r"3 lanes on 1 thread: reset: lane 1 against the single environment"),
     ("MixedRewards", check_vector_equals_single, r"step \d+: lane 0 against the single environment: reward is "),
     ("FinalObsOfTheNewEpisode", check_vector_equals_single, r"step \d+: lane \d against .*: entry '"),
     ("NoFinalMetrics", check_vector_equals_single, r"step \d+: lane \d against .*: info has \['episode_metrics'\]"),
@@ -49,15 +49,15 @@ def test_a_check_finds_its_fault(fault: str, check: Callable[..., object], told:
         check(
             f"broken_environments:Broken/{fault}-v0",
             **({} if check is check_conservation else {"steps": 150}),
-            **short(),
+            **short(fault),
         )
 
 
 def test_violations_that_are_not_told_are_found() -> None:
     env_id = "broken_environments:Broken/NoViolations-v0"
-    check_conservation(env_id, **short())
+    check_conservation(env_id, **short(env_id))
     with pytest.raises(AssertionError, match=r"step \d+: violations so far are 0 by info, [1-9]\d* by the ledger"):
-        check_conservation(env_id, **short(rate_rps=150.0))
+        check_conservation(env_id, **short(env_id, rate_rps=150.0))
 
 
 def test_every_fault_is_tried() -> None:
@@ -68,7 +68,7 @@ def test_every_fault_is_tried() -> None:
 @pytest.mark.parametrize("fault", ["LeakyReset", "WrongEnergy", "SnapshotWithoutItsLane", "MixedRewards"])
 def test_the_whole_check_finds_it_too(fault: str) -> None:
     with pytest.raises(AssertionError):
-        check_environment(f"broken_environments:Broken/{fault}-v0", steps=150, **short())
+        check_environment(f"broken_environments:Broken/{fault}-v0", steps=150, **short(fault))
 
 
 def test_an_environment_without_snapshots_is_told_so() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import biscale_gym  # noqa: F401 - registers the environments
+from biscale_gym.config import ConfigError
 from biscale_gym.control.controllers import make_controller
 from biscale_gym.control.rollout import Rollout
 from biscale_gym.control.workload import Requests
@@ -99,3 +100,8 @@ def test_a_plan_of_unknown_classes_is_refused(env: Any) -> None:
     env.reset(seed=0)
     with pytest.raises(EnvironmentUsageError, match="no class of the environment"):
         PlannerPolicy("distserve", env).predict()
+
+
+def test_a_warm_up_that_swallows_the_first_window_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"warmup_s is 20, expected less than the scenario's window_s of 20"):
+        gymnasium.make(ENV_ID, scenario="smoke", warmup_s=20.0)

@@ -21,6 +21,7 @@ from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.sb3 import make_vec_env
 
 LANES = 3
+ENV_ID = "BiScale/Prefill-v0"
 
 
 def dummy(env_id: str, **settings: Any) -> DummyVecEnv:
@@ -33,7 +34,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_it_does_what_sb3_does_with_single_environments(env_id: str) -> None:
-    ours, theirs = make_vec_env(env_id, LANES, seed=3, **short()), dummy(env_id, **short())
+    ours, theirs = make_vec_env(env_id, LANES, seed=3, step_infos=True, **short(env_id)), dummy(env_id, **short(env_id))
     assert isinstance(ours, VecEnv)
     assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
     theirs.seed(3)
@@ -67,7 +68,7 @@ def test_it_does_what_sb3_does_with_single_environments(env_id: str) -> None:
 
 
 def test_an_episodes_end_is_told_in_full() -> None:
-    envs = make_vec_env("BiScale/Prefill-v0", LANES, seed=0, **short())
+    envs = make_vec_env("BiScale/Prefill-v0", LANES, seed=0, **short(ENV_ID))
     envs.reset()
     dones = np.zeros(LANES, dtype=bool)
     while not dones.any():
@@ -79,11 +80,15 @@ def test_an_episodes_end_is_told_in_full() -> None:
     assert not np.array_equal(info["terminal_observation"], obs[lane])
     assert info["episode_metrics"]["prefill_energy_j"] > 0
     assert envs.reset_infos[lane]["split"] == "train"
-    assert all("terminal_observation" not in infos[other] for other in range(LANES) if not dones[other])
+    assert all(infos[other] == {} for other in range(LANES) if not dones[other])
+    assert info["now_s"] == pytest.approx(4.0)
 
 
 def test_options_may_differ_between_lanes_and_serve_once() -> None:
-    ours, theirs = make_vec_env("BiScale/Decode-v0", LANES, **short()), dummy("BiScale/Decode-v0", **short())
+    ours, theirs = (
+        make_vec_env("BiScale/Decode-v0", LANES, **short(ENV_ID)),
+        dummy("BiScale/Decode-v0", **short(ENV_ID)),
+    )
     options = [{"trace_seed": 5}, {"split": "test"}, {"trace_seed": 5}]
     for envs in (ours, theirs):
         envs.seed(8)
@@ -96,7 +101,7 @@ def test_options_may_differ_between_lanes_and_serve_once() -> None:
 
 
 def test_attributes_of_lanes() -> None:
-    envs = make_vec_env("BiScale/Prefill-v0", LANES, seed=0, **short())
+    envs = make_vec_env("BiScale/Prefill-v0", LANES, seed=0, **short(ENV_ID))
     assert envs.get_attr("render_mode") == [None] * LANES
     assert envs.get_attr("action_space", indices=1) == [envs.action_space]
     envs.reset()
@@ -123,11 +128,31 @@ def test_attributes_of_lanes() -> None:
 
 
 def test_methods_of_lanes() -> None:
-    envs = make_vec_env("BiScale/Prefill-v0", LANES, **short())
+    envs = make_vec_env("BiScale/Prefill-v0", LANES, **short(ENV_ID))
     envs.envs.action_masks = lambda: np.eye(LANES, dtype=bool)
     assert envs.has_attr("action_masks")
     same(envs.env_method("action_masks"), list(np.eye(LANES, dtype=bool)))
     same(envs.env_method("action_masks", indices=[1]), [np.eye(LANES, dtype=bool)[1]])
+
+
+def test_lanes_of_their_own_keep_their_attributes() -> None:
+    env_id = "BiScale/Placement-v0"
+    envs = make_vec_env(env_id, LANES, seed=0, **short(env_id))
+    envs.reset()
+    envs.set_attr("note", "of one", indices=1)
+    assert envs.get_attr("note", indices=[1]) == ["of one"]
+    assert not envs.has_attr("note")
+    assert [len(mask) for mask in envs.env_method("action_masks")] == [envs.action_space.n] * LANES
+    assert len({one.trace_seed for one in envs.get_attr("episode")}) > 1
+
+
+def test_maskable_ppo_trains_on_placements() -> None:
+    sb3_contrib = pytest.importorskip("sb3_contrib")
+    env_id = "BiScale/Placement-v0"
+    envs = make_vec_env(env_id, LANES, seed=0, **short(env_id))
+    model = sb3_contrib.MaskablePPO("MlpPolicy", VecMonitor(envs), n_steps=32, batch_size=32, n_epochs=1, seed=0)
+    model.learn(2 * 32 * LANES)
+    assert len(model.ep_info_buffer) >= 1
 
 
 def test_an_unknown_id_and_one_without_a_vector_form_are_refused() -> None:
@@ -138,7 +163,7 @@ def test_an_unknown_id_and_one_without_a_vector_form_are_refused() -> None:
 
 
 def test_ppo_trains_under_the_usual_wrappers() -> None:
-    envs = VecNormalize(VecMonitor(make_vec_env("BiScale/Prefill-v0", LANES, seed=0, **short())))
+    envs = VecNormalize(VecMonitor(make_vec_env("BiScale/Prefill-v0", LANES, seed=0, **short(ENV_ID))))
     model = PPO("MlpPolicy", envs, n_steps=64, batch_size=64, n_epochs=1, seed=0)
     before = [parameter.detach().clone() for parameter in model.policy.parameters()]
     model.learn(4 * 64 * LANES)
@@ -146,7 +171,7 @@ def test_ppo_trains_under_the_usual_wrappers() -> None:
     assert len(model.ep_info_buffer) >= LANES
     assert all(episode["l"] > 10 and episode["r"] < 0 for episode in model.ep_info_buffer)
     # A policy of the vector environment plays a single one.
-    env = gymnasium.make("BiScale/Prefill-v0", **short())
+    env = gymnasium.make("BiScale/Prefill-v0", **short(ENV_ID))
     obs, _ = env.reset(seed=0)
     action, _ = model.predict(obs, deterministic=True)
     env.step(action)
