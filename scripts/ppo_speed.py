@@ -2,8 +2,8 @@
 
     python scripts/ppo_speed.py
 
-CPU seconds of this process, torch on one thread; compiling and importing are not in them, nor what the workers of
-SubprocVecEnv do.
+CPU seconds of this process, torch on one thread; compiling, importing and beginning episodes are not in them, nor what
+the workers of SubprocVecEnv do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def kinds(env_id: str, lanes: int, few: int, settings: dict[str, Any]) -> dict[s
 
 
 def step_us(make: VecEnvs, steps: int) -> float:
-    """CPU microseconds of this process for one step of one lane, resets included."""
+    """CPU microseconds of this process for one step of one lane."""
     envs = make()
     envs.reset()
     actions = np.array([envs.action_space.sample() for _ in range(envs.num_envs)])
@@ -71,11 +71,10 @@ def main(env_id: str = "BiScale/Prefill-v0", scenario: str = "paper-67", steps: 
     Args:
         env_id: environment of one instance, or the cluster.
         scenario: preset or path.
-        steps: of each measurement, all lanes together.
+        steps: of each measurement, all lanes together; few enough that no episode ends.
     """
     torch.set_num_threads(1)
-    settings = {"scenario": scenario, "episode_s": 60.0}
-    made = kinds(env_id, 64, 8, settings)
+    made = kinds(env_id, 64, 8, {"scenario": scenario})
     print("\n| vector environment | CPU µs per step of a lane |\n|---|--:|")
     for name, make in made.items():
         print(f"| {name} | {step_us(make, steps):.0f} |", flush=True)
