@@ -42,6 +42,11 @@ class ClusterParallelEnv(ParallelEnv):  # type: ignore[misc]
 
     def __init__(self, scenario: str = "paper-67", render_mode: str | None = None, **settings: Any) -> None:
         self.env = ClusterEnv(scenario, render_mode, **settings)
+        if self.env.setting.replans:
+            raise ConfigError(
+                f"the multi-agent environment has an agent per instance of one placement, planner "
+                f"{settings['planner']!r} changes it; leave planner out, or use BiScale/Cluster-v0"
+            )
         self.render_mode = render_mode
         placement = self.env.setting.placement
         self.slots = {

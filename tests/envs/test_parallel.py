@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import biscale_gym  # noqa: F401 - registers the environments
+from biscale_gym.config import ConfigError
 from biscale_gym.envs import cluster_layout as layout
 
 pettingzoo = pytest.importorskip("pettingzoo")
@@ -27,6 +28,13 @@ def test_pettingzoos_own_tests_pass() -> None:
 
     parallel_api_test(make(), num_cycles=60)
     parallel_seed_test(make, num_cycles=20)
+
+
+def test_a_planner_that_changes_the_placement_is_refused() -> None:
+    from biscale_gym.envs.parallel import parallel_env
+
+    with pytest.raises(ConfigError, match="planner 'biscale' changes it"):
+        parallel_env(scenario="smoke", planner="biscale")
 
 
 def test_agents_play_the_same_cluster() -> None:
