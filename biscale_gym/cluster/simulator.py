@@ -360,8 +360,9 @@ class Simulator:
         if self.now_s > 0.0 or self.state.glob[0]["arrived"] > 0:
             raise ClusterError(f"anew: this simulator has run, to {self.now_s:.6f} s")
         twin = copy.copy(self)
-        old = self.state._replace(req=empty_requests(len(trace)))
-        twin.state = copy_state(old)._replace(models=old.models, predicted=old.predicted)
+        models, predicted, nothing = self.state.models, self.state.predicted, np.zeros(0)
+        bare = self.state._replace(req=self.state.req[:0], models=nothing, predicted=nothing)
+        twin.state = copy_state(bare)._replace(req=empty_requests(len(trace)), models=models, predicted=predicted)
         twin.state.glob["requests"] = len(trace)
         twin._lanes = dict(self._lanes)
         twin._model_spans, twin._predicted_spans = dict(self._model_spans), dict(self._predicted_spans)

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from biscale_gym.cluster.engine import DECISION
+from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
 from biscale_gym.cluster.placement import PHASES, Placement
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.config import ConfigError
@@ -140,6 +140,8 @@ class ClusterSetting(Setting):
     def step(self, handle: Any, lane: Any, action: Any, obs: Any, terms: Any) -> int:
         """One control interval."""
         clocks = np.ascontiguousarray(action, dtype=np.int64)
+        if clocks.shape != self.action_shape or clocks.view(np.uint64).max() >= len(self.grid):
+            return BAD_ANSWER  # of slots that are empty, too: a negative index is a huge one here
         return int(lanes.step_cluster(handle, lane, self.params, clocks, obs, terms))
 
     def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:

@@ -15,11 +15,8 @@ from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_po
 from biscale_gym.cluster.state import (
     ACTIVE,
     DRAINING,
-    FINISHED,
     LOADING,
     PREFILL,
-    REJECTED,
-    WAITING_DECODE,
     State,
 )
 from biscale_gym.envs import cluster_layout as layout
@@ -49,6 +46,7 @@ from biscale_gym.envs.lanes import (
     VIOLATIONS,
     discounted,
     energy_now_j,
+    overdue,
 )
 from biscale_gym.profiles.kernels import iteration_latency
 
@@ -132,22 +130,6 @@ def read_energy(st: State, lane: Any, terms: Any) -> None:
     terms[DECODE_J] = decode_j - lane.decode_j
     terms[UNALLOCATED_J] = unallocated_j - lane.unallocated_j
     lane.prefill_j, lane.decode_j, lane.unallocated_j = prefill_j, decode_j, unallocated_j
-
-
-@compiled
-def overdue(st: State) -> int:
-    """Requests in flight that can no longer keep the SLO of their present phase."""
-    g = st.glob[0]
-    n = 0
-    for r in range(g.next_arrival):
-        req = st.req[r]
-        if req.status == FINISHED or req.status == REJECTED:
-            continue
-        if req.status < WAITING_DECODE:
-            n += g.now_s - req.arrival_s > g.ttft_slo_s
-        else:
-            n += g.now_s - req.first_token_s > g.tpot_slo_s * np.float64(req.output - 1)
-    return n
 
 
 @inlined

@@ -18,7 +18,7 @@ from biscale_gym.cluster import features as f
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
 from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
 from biscale_gym.cluster.observe import observe
-from biscale_gym.cluster.state import FINISHED, PREFILL, PREFILLING, QUEUED, REJECTED, WAITING_DECODE, State
+from biscale_gym.cluster.state import FINISHED, PREFILL, REJECTED, WAITING_DECODE, State
 from biscale_gym.envs.encoding import encode_decode, encode_prefill, grid_of
 
 _f, _i = np.float64, np.int64
@@ -64,16 +64,17 @@ def energy_now_j(st: State, i: int) -> float:
 
 
 @compiled
-def overdue(st: State, i: int) -> int:
-    """Requests of a single-phase cluster that are in flight and can no longer keep the SLO."""
+def overdue(st: State) -> int:
+    """Requests in flight that can no longer keep the SLO of their present phase."""
     g = st.glob[0]
     n = 0
     for r in range(g.next_arrival):
         req = st.req[r]
-        if st.inst[i].phase == PREFILL:
-            if (req.status == QUEUED or req.status == PREFILLING) and g.now_s - req.arrival_s > g.ttft_slo_s:
-                n += 1
-        elif req.status >= WAITING_DECODE and req.status != FINISHED and req.status != REJECTED:
+        if req.status == FINISHED or req.status == REJECTED:
+            continue
+        if req.status < WAITING_DECODE:
+            n += g.now_s - req.arrival_s > g.ttft_slo_s
+        else:
             n += g.now_s - req.first_token_s > g.tpot_slo_s * np.float64(req.output - 1)
     return n
 
@@ -137,7 +138,7 @@ def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any
         return DECISION
     observe(st, 0, f.INTERVAL if st.inst[0].running else f.IDLE)
     _encode(st, 0, params, obs)
-    _write(st, 0, lane, overdue(st, 0), terms)
+    _write(st, 0, lane, overdue(st), terms)
     return REACHED
 
 

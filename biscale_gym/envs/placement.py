@@ -18,10 +18,10 @@ from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.config import ConfigError, validate
 from biscale_gym.control.controllers import Controller, make_controller
 from biscale_gym.control.scenario import load_scenario
-from biscale_gym.envs.cluster_lanes import overdue
 from biscale_gym.envs.cluster_layout import SLOTS_PER_PHASE
 from biscale_gym.envs.episodes import Episode, EpisodeSource
 from biscale_gym.envs.errors import EnvironmentUsageError
+from biscale_gym.envs.lanes import overdue
 from biscale_gym.envs.layout import numbered
 from biscale_gym.envs.placement_layout import MOST_INSTANCES, PAST_WINDOWS, PEAKS_S, log_rate, placement_entries
 from biscale_gym.envs.setting import decided

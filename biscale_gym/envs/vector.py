@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from biscale_gym.cluster import handle
-from biscale_gym.cluster.engine import BAD_ANSWER, DECISION
+from biscale_gym.cluster.engine import DECISION
 from biscale_gym.cluster.ledger import InstanceLedger
 from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import Simulator
@@ -77,6 +77,7 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
         self._terms = np.zeros((num_envs, self.setting.terms))
         self._reached = np.zeros(num_envs, np.int64)
         self._everyone = np.ones(num_envs, np.bool_)
+        self._begun = False
 
     def slots_of(self, lane: int) -> NDArray[np.int64]:
         """The instance in each slot of a lane of a cluster environment: int64[SLOTS], -1: none."""
@@ -127,6 +128,7 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
                 self._generators[lane], _ = seeding.np_random(seeds[lane])
             info = self._begin(int(lane), options)
             infos = self._add_info(infos, {**info, **self.setting.info(self._terms[lane])}, int(lane))
+        self._begun = None not in self.simulators
         return self._obs.copy(), infos
 
     def step(
@@ -139,13 +141,16 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
             are in ``final_obs`` and ``final_info``.
 
         Raises:
-            EnvironmentUsageError: before the first reset, or an action is no clock index (that lane has not moved).
+            EnvironmentUsageError: a lane has never been reset, or an action is no clock index; no lane has moved then.
         """
-        if self.simulators[0] is None:
-            raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
+        if not self._begun:
+            raise EnvironmentUsageError("not every lane has been reset yet: call reset() first")
         chosen = np.ascontiguousarray(actions, dtype=np.int64)
         if chosen.shape != self.action_space.shape:
             raise EnvironmentUsageError(f"actions have shape {chosen.shape}, expected {self.action_space.shape}")
+        # Before anything moves: a negative index is a huge one here.
+        if chosen.view(np.uint64).max() >= len(self.setting.grid):
+            raise refused_action(chosen, self.setting.scenario.clocks_mhz)
         self.setting.step_all(self._parallel, self._handles, self._lanes, chosen, self._obs, self._terms, self._reached)
         terms, columns = self._terms.T.copy(), self.setting.term_columns
         rewards = terms[self.setting.reward_column]
@@ -155,7 +160,7 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
         if self.setting.replans:
             self._turn_windows(~truncated)
         if truncated.any():
-            self._end_episodes(truncated, chosen, infos)
+            self._end_episodes(truncated, infos)
         return self._obs.copy(), rewards, np.zeros(self.num_envs, np.bool_), truncated, infos
 
     def _turn_windows(self, going_on: NDArray[np.bool_]) -> None:
@@ -169,11 +174,8 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
             self.placements[lane] = placement
             self._handles[lane] = simulator.handle()
 
-    def _end_episodes(self, truncated: NDArray[np.bool_], actions: Actions, infos: dict[str, Any]) -> None:
+    def _end_episodes(self, truncated: NDArray[np.bool_], infos: dict[str, Any]) -> None:
         """Report the lanes that ended, and begin anew there."""
-        refused = np.flatnonzero(self._reached == BAD_ANSWER)
-        if refused.size:
-            raise refused_action(actions[refused[0]], self.setting.scenario.clocks_mhz)
         for lane in np.flatnonzero(truncated):
             simulator, episode, start = self.simulators[lane], self.episodes[lane], self._starts[lane]
             assert simulator is not None

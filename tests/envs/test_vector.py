@@ -1,0 +1,41 @@
+"""What a vector environment refuses, it refuses before any lane has moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+
+import biscale_gym  # noqa: F401 - registers the environments
+from biscale_gym.envs.errors import EnvironmentUsageError
+
+SETTINGS: dict[str, Any] = {"scenario": "smoke", "episode_s": 5.0}
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+@pytest.mark.parametrize("env_id", ["BiScale/Prefill-v0", "BiScale/Cluster-v0"])
+def test_a_wrong_action_of_one_lane_moves_no_lane(env_id: str, wrong: int) -> None:
+    envs, untouched = (gymnasium.make_vec(env_id, num_envs=3, **SETTINGS) for _ in range(2))
+    for env in (envs, untouched):
+        env.reset(seed=4)
+    right = np.zeros(envs.action_space.shape, dtype=np.int64)
+    actions = right.copy()
+    actions.flat[-1] = wrong
+    with pytest.raises(EnvironmentUsageError, match=f"action {wrong} is no clock index; the nearest is"):
+        envs.step(actions)
+    for seen, expected in zip(envs.step(right)[:2], untouched.step(right)[:2], strict=True):
+        np.testing.assert_array_equal(seen, expected)
+
+
+def test_lanes_that_were_never_reset_are_not_stepped() -> None:
+    envs = gymnasium.make_vec("BiScale/Decode-v0", num_envs=2, **SETTINGS)
+    actions = np.zeros(2, dtype=np.int64)
+    with pytest.raises(EnvironmentUsageError, match="not every lane has been reset"):
+        envs.step(actions)
+    envs.reset(seed=0, options={"reset_mask": np.array([True, False])})
+    with pytest.raises(EnvironmentUsageError, match="not every lane has been reset"):
+        envs.step(actions)
+    envs.reset(options={"reset_mask": np.array([False, True])})
+    envs.step(actions)
