@@ -86,7 +86,9 @@ class InstanceSetting(Setting):
 
     def _open(self, lane: NDArray[Any], simulator: Simulator) -> None:
         inst = simulator.state.inst[0]
+        lane["decide_every"] = self.settings.decide_every
         lane["reference_w"] = self.settings.reference_w_per_gpu * int(inst["tp"])
+        lane["baseline_w"] = self.settings.baseline_w_per_gpu * int(inst["tp"])
         lane["energy_j"] = lanes.energy_now_j(simulator.state, 0)
         lane["violations"] = inst["late"] + simulator.state.glob[0]["rejected"]
         lane["completed"] = inst["completed"]

@@ -26,8 +26,10 @@ _f, _i = np.float64, np.int64
 LANE = np.dtype(
     [
         ("end_s", _f),
+        ("decide_every", _i),
         # of the reward
         ("reference_w", _f),
+        ("baseline_w", _f),
         ("violation_penalty", _f),
         ("discount_per_s", _f),
         # at the last decision
@@ -96,7 +98,7 @@ def _write(st: State, i: int, lane: Any, more_violations: int, terms: Any) -> No
     energy_j = energy_now_j(st, i)
     violations = inst.late + g.rejected + more_violations
     spent_j, broken, dt_s = energy_j - lane.energy_j, violations - lane.violations, g.now_s - lane.at_s
-    spent, discount = discounted(spent_j / lane.reference_w, lane.discount_per_s, dt_s)
+    spent, discount = discounted((spent_j - lane.baseline_w * dt_s) / lane.reference_w, lane.discount_per_s, dt_s)
     terms[ENERGY_J] = spent_j
     terms[VIOLATIONS] = broken
     terms[COMPLETED] = inst.completed - lane.completed
@@ -120,17 +122,30 @@ def _encode(st: State, i: int, params: Any, out: Any) -> None:
         encode_decode(st.obs[1], st.memory[i], params, model, out)
 
 
+@inlined
+def _at_boundary(st: State) -> bool:
+    """Whether the waiting decision is about a batch that is about to start."""
+    phase = 0 if st.inst[0].phase == PREFILL else 1
+    return int(st.obs[phase][f.REASON]) == f.BOUNDARY
+
+
 @compiled
 def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any) -> int:
     """Answer a lane's decision, run it on, and tell what came of it."""
     st = state_at(handle)
     clock = NO_ANSWER
+    keep = 0
     if st.glob[0].pending_instance >= 0:
         grid, n = grid_of(params)
         if action < 0 or action >= n:
             return BAD_ANSWER
         clock = int(params[grid + action])
+        if _at_boundary(st):
+            keep = lane.decide_every - 1
     reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
+    while keep > 0 and reached == DECISION and _at_boundary(st):
+        keep -= 1
+        reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
     if reached == DECISION:
         i = st.glob[0].pending_instance
         _encode(st, i, params, obs)

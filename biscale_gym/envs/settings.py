@@ -104,10 +104,16 @@ class InstanceEnvSettings(EpisodeSettings, RewardSettings):
     Attributes:
         instance: which instance of that phase of the scenario's placement; None: each episode draws one.
         decision_points: when the agent is asked, beside a batch about to start.
+        decide_every: batches, or decode iterations, from one choice to the next; the clock is kept in between. Any
+            other decision point than a batch about to start is a choice of its own.
+        baseline_w_per_gpu: power that costs no reward: joules count from there, less of them as a gain. With
+            ``discount_per_s`` it changes no policy's rank, and returns stay near 0, which value functions learn faster.
     """
 
     instance: Annotated[int, Field(ge=0)] | None = None
     decision_points: tuple[DecisionPoint, ...] = ("boundary", "idle")
+    decide_every: Annotated[int, Field(ge=1)] = 1
+    baseline_w_per_gpu: NonNegative = 0.0
 
     @model_validator(mode="after")
     def _asked_at_boundaries(self) -> InstanceEnvSettings:
