@@ -1,0 +1,184 @@
+"""Learned policies as a controller: trained clocks in both phases, on placements planned for them.
+
+The models are multi-layer perceptrons over the environments' observation (:mod:`biscale_gym.envs.mlp`), compiled, asked
+at the same decision points as in training. The placements are those of BiScale's tier 1, or of load curves measured
+under the clocks that will run (:mod:`agents.load_placement`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from agents.biscale import decode_policy, prefill_policy
+from agents.errors import AgentError
+from agents.forecast import forecast_rps
+from agents.load_placement import plan_load
+from agents.placement import Tier1, measurement_of
+from agents.settings import BiScaleSettings, Tier1Settings
+from biscale_gym.cluster.placement import PHASES, Phase, Placement
+from biscale_gym.cluster.simulator import PhasePolicy, lowest_idle_power_w
+from biscale_gym.config import Settings, nearest, validate
+from biscale_gym.control.controllers import PlanContext
+from biscale_gym.envs import encoding, mlp
+from biscale_gym.envs.mlp import ClockMLP, load_model
+from biscale_gym.planning import table_cache
+from biscale_gym.planning.classes import fitting_degrees
+from biscale_gym.planning.curves import CurvePolicy, LoadCurve, load_curves
+
+MODELS = Path(__file__).parent / "models"
+BISCALE = "biscale"
+"""In place of a model: BiScale's own clocks of that phase."""
+
+
+class LoadPlacementSettings(Settings):
+    """Tier 1 from load curves (:mod:`agents.load_placement`)."""
+
+    price_j: float = Field(default=500.0, ge=0.0)
+    """Joules that a request outside its SLO counts."""
+    shares: int = Field(default=24, ge=2)
+    """Into how many parts a phase's rate is divided among its instances."""
+    keep_within: float = Field(default=0.02, ge=0.0)
+    """The present instances stay while their cost is within this share of the optimum's."""
+    forecast_error: float = Field(default=0.12, ge=0.0)
+    """Relative standard deviation of the forecast's error."""
+    forecast: Tier1Settings = Tier1Settings(forecast="ewma", ewma_weight=0.7)
+    """Forecast, and how long curves are measured."""
+
+
+class LearnedSettings(Settings):
+    """The learned controller."""
+
+    prefill: str = "prefill"
+    """Model of the prefill clocks: a shipped one's name, a path, or ``biscale`` for model predictive control."""
+    decode: str = "decode"
+    """Model of the decode clocks: as for prefill; ``biscale`` is the slack rule."""
+    placement: Literal["load-curves", "biscale"] = "load-curves"
+    load: LoadPlacementSettings = LoadPlacementSettings()
+    biscale: BiScaleSettings = BiScaleSettings()
+    """Of whatever is BiScale's."""
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with this package."""
+    return sorted(path.stem for path in MODELS.glob("*.safetensors"))
+
+
+def find_model(name: str, phase: Phase) -> ClockMLP:
+    """A model by shipped name or path.
+
+    Raises:
+        AgentError: no such model, or one of the other phase.
+        ModelError: it cannot be read.
+    """
+    if name in shipped_models():
+        path = MODELS / name
+    elif "/" in name or Path(name).suffix:
+        path = Path(name)
+        # A training run's folder of a model holds it under this name.
+        path = path / "policy" if path.is_dir() else path
+    else:
+        raise AgentError(f"no shipped model {name!r}; {nearest(name, [*shipped_models(), BISCALE])}, or give a path")
+    model = load_model(path)
+    if model.phase != phase:
+        raise AgentError(f"{path} is a {model.phase} model, a {phase} model is needed")
+    return model
+
+
+class Learned:
+    """Learned clocks, and a placement planned for them.
+
+    Args:
+        settings: values of :class:`LearnedSettings`.
+
+    Raises:
+        ConfigError: an unknown setting, or a wrong value.
+        AgentError, ModelError: a model that is not there, or cannot be used.
+    """
+
+    name = "learned"
+    replans = True
+
+    def __init__(self, **settings: object) -> None:
+        self.settings = validate(LearnedSettings, dict(settings), "controller 'learned'")
+        own: dict[Phase, str] = {"prefill": self.settings.prefill, "decode": self.settings.decode}
+        self._models = {phase: find_model(name, phase) for phase, name in own.items() if name != BISCALE}
+        self._tier1 = Tier1(self.settings.biscale.tier1)
+        self._curves: tuple[LoadCurve, ...] | None = None
+        self._notes: list[str] = []
+
+    @property
+    def notes(self) -> list[str]:
+        """What readers of a run's record must know."""
+        return [*self._notes, *self._tier1.notes]
+
+    def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
+        """Tier 2's clock policies.
+
+        Raises:
+            ModelError: a model does not fit the run's clocks or SLO.
+        """
+        slo, biscale = context.scenario.slo, self.settings.biscale
+        prefill, decode = self._models.get("prefill"), self._models.get("decode")
+        return (
+            prefill.policy(context.clocks_mhz, slo.ttft_s)
+            if prefill is not None
+            else prefill_policy(biscale.prefill, context),
+            decode.policy(context.clocks_mhz, slo.tpot_s)
+            if decode is not None
+            else decode_policy(biscale.decode, context),
+        )
+
+    def curves(self, context: PlanContext) -> tuple[LoadCurve, ...]:
+        """The load curves under this controller's clocks, which stay the same during a run."""
+        if self._curves is None:
+            cluster = context.scenario.cluster
+            served = dict(zip(PHASES, self._served(context), strict=True))
+            kinds: Sequence[tuple[Phase, int]] = [
+                (phase, tp) for phase in PHASES for tp in fitting_degrees(context.profile, phase, cluster.gpus_per_node)
+            ]
+            self._curves = load_curves(
+                measurement_of(context, self.settings.load.forecast), kinds, served, context.scenario.window_s
+            )
+        return self._curves
+
+    def _served(self, context: PlanContext) -> list[CurvePolicy]:
+        code = table_cache.source_digest(Path(__file__).parent, Path(encoding.__file__), Path(mlp.__file__))
+        found = []
+        for policy in self.policies(context):
+            assert policy is not None
+            found.append(CurvePolicy(policy, context.clocks_mhz, self._start_mhz(context), code))
+        return found
+
+    def _start_mhz(self, context: PlanContext) -> int:
+        """Clock of a new instance, until its first decision."""
+        return context.scenario.clocks_mhz[-1]
+
+    def plan(self, context: PlanContext) -> Placement:
+        """The placement for the next window.
+
+        Raises:
+            AgentError: one instance of each phase does not fit on the cluster.
+        """
+        if self.settings.placement == "biscale":
+            return self._tier1.plan(context)
+        load, cluster = self.settings.load, context.scenario.cluster
+        rate_rps = forecast_rps(load.forecast, context)
+        plan = plan_load(
+            self.curves(context),
+            cluster.nodes * cluster.gpus_per_node,
+            rate_rps,
+            load.price_j,
+            lowest_idle_power_w(context.profile),
+            load.shares,
+            context.previous,
+            load.keep_within,
+            load.forecast_error,
+        )
+        if not plan.carries:
+            self._notes.append(f"window {len(context.history_rps)}: no placement carries {rate_rps:.2f} requests/s")
+        start_mhz = self._start_mhz(context)
+        return plan.placement(dict.fromkeys(PHASES, start_mhz))

@@ -1,0 +1,267 @@
+"""Load curves: what an instance draws in a window, and how many requests it fails, at every rate under a clock policy.
+
+A class table (:mod:`biscale_gym.planning.classes`) knows one rate and one clock per row. Where clocks follow the load,
+one instance serves any rate, at the power that its policy needs for it; a curve measures that, with the policy that
+will run, on the demand that planners may learn from. Curves are kept on disk as class tables are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+
+from biscale_gym.cluster.placement import InstanceSpec, Phase, Placement
+from biscale_gym.cluster.simulator import PhasePolicy, Simulator
+from biscale_gym.metrics import tpot_s, ttft_s
+from biscale_gym.planning import table_cache
+from biscale_gym.planning.classes import (
+    Measurement,
+    measurement_key,
+    nominal_prefill_s,
+    source_digest,
+)
+from biscale_gym.planning.probe_trace import delayed, probe_trace
+from biscale_gym.planning.probing import WARMUP_SHARE
+from biscale_gym.traces.trace import Trace
+
+Vector = NDArray[np.float64]
+
+CACHE_KIND = "load-curves"
+STEP = 1.4
+"""Factor between the mean rates of the runs that make a curve."""
+FINE_STEP = 1.1
+"""The same, once more than ``FEW_MISSED`` of a run's requests were late."""
+FEW_MISSED = 0.001
+MOST_MISSED = 0.2
+"""Share of late requests at which the runs end."""
+CLASS_WIDTH = 1.06
+"""Ratio of the rates of windows that make one point."""
+LEAST_RATE_RPS = 0.25
+
+
+@dataclass(frozen=True)
+class LoadPoint:
+    """An instance in windows of one rate.
+
+    Attributes:
+        rate_rps: requests/s.
+        power_w: of all its GPUs, idle time included.
+        missed: share of requests outside the phase's SLO.
+    """
+
+    rate_rps: float
+    power_w: float
+    missed: float
+
+
+@dataclass(frozen=True)
+class LoadCurve:
+    """An instance of one kind at rising rates.
+
+    Attributes:
+        phase, tp: what the instance is.
+        points: by rate; neither power nor ``missed`` falls along them.
+    """
+
+    phase: Phase
+    tp: int
+    points: tuple[LoadPoint, ...]
+
+    def at(self, rate_rps: Vector) -> tuple[Vector, Vector]:
+        """(power [W], share missed) at some rates: two float64[n], linear between the points, inf beyond the last."""
+        rates = np.array([point.rate_rps for point in self.points])
+        power_w = np.interp(rate_rps, rates, [point.power_w for point in self.points])
+        missed = np.interp(rate_rps, rates, [point.missed for point in self.points])
+        beyond = rate_rps > rates[-1] * (1.0 + 1e-9)
+        return np.where(beyond, np.inf, power_w), np.where(beyond, np.inf, missed)
+
+
+@dataclass(frozen=True)
+class CurvePolicy:
+    """The clock policy of a phase, and what tells it from others on disk.
+
+    Attributes:
+        policy: compiled.
+        clocks_mhz: the run's list, which its answers index.
+        start_mhz: clock of a new instance.
+        code: of the policy, its sources' digest.
+    """
+
+    policy: PhasePolicy
+    clocks_mhz: tuple[int, ...]
+    start_mhz: int
+    code: str
+
+    def key(self) -> list[Any]:
+        """What a curve depends on of it."""
+        params = np.ascontiguousarray(self.policy.params, np.float64)
+        asked = [self.policy.on_arrival, self.policy.on_overrun, self.policy.on_idle, self.policy.slack]
+        function = getattr(self.policy.function, "__qualname__", repr(self.policy.function))
+        digest = hashlib.sha256(params.tobytes()).hexdigest()
+        return [function, digest, *asked, *self.clocks_mhz, self.start_mhz, self.code]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What an instance did in each window of a run: float64[windows] each.
+
+    Attributes:
+        rate_rps: requests that arrived, over the window's length.
+        power_w: mean.
+        missed: share of those requests outside the SLO; NaN where none was judged.
+    """
+
+    rate_rps: Vector
+    power_w: Vector
+    missed: Vector
+
+
+def serve_windows(
+    measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, trace: Trace, window_s: float
+) -> Windows:
+    """Simulate one instance alone on a trace, and read it window by window; the start of the first is not counted."""
+    simulator = Simulator(
+        measurement.cluster,
+        measurement.profile,
+        Placement((InstanceSpec(phase, tp, served.start_mhz),)),
+        trace,
+        served.clocks_mhz,
+        measurement.slo,
+        measurement.seed,
+        only=phase,
+    )
+    simulator.set_policies(*((served.policy, None) if phase == "prefill" else (None, served.policy)))
+    start_s = min(measurement.warmup_s, WARMUP_SHARE * trace.duration_s)
+    borders_s = [start_s, *np.arange(window_s, trace.duration_s - 0.5 * window_s, window_s), trace.duration_s]
+    simulator.run(start_s)
+    ledgers = [simulator.instances()]
+    for border_s in borders_s[1:]:
+        simulator.run(border_s)
+        ledgers.append(simulator.instances())
+    simulator.run()
+    ledger = simulator.requests()
+    if phase == "prefill":
+        latency_s, limit_s = ttft_s(ledger, 1e-3 * measurement.cluster.serving_overhead_ms), measurement.slo.ttft_s
+        judged = np.ones(len(latency_s), np.bool_)
+    else:
+        latency_s, limit_s = tpot_s(ledger, measurement.tpot_definition), measurement.slo.tpot_s
+        judged = ledger.output_tokens > 1
+    late = ~(ledger.finished & (latency_s <= limit_s))
+    lengths_s = np.diff(borders_s)
+    arrived, _ = np.histogram(ledger.arrival_s, borders_s)
+    counted, _ = np.histogram(ledger.arrival_s[judged], borders_s)
+    missed, _ = np.histogram(ledger.arrival_s[judged & late], borders_s)
+    spent_j = np.array([float(after.since(before).energy_j.sum()) for before, after in pairwise(ledgers)])
+    return Windows(arrived / lengths_s, spent_j / lengths_s, missed / np.where(counted > 0, counted, np.nan))
+
+
+def measure_curve(measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, window_s: float) -> LoadCurve:
+    """Measure an instance on the training demand, thinned or superposed to rising rates, until it fails many requests.
+
+    What is read off are windows: a window's own rate, power and share missed, so that a curve says what comes of a
+    window of that rate, bursts within it included; slower swings are the forecast's. Windows are brought together in
+    classes of similar rates; power and shares are made non-decreasing by isotonic regression.
+    """
+    delay_s = nominal_prefill_s(measurement) if phase == "decode" else None
+    training = measurement.training if delay_s is None else delayed(measurement.training, delay_s)
+    rate_rps, step = LEAST_RATE_RPS * tp, STEP
+    seen: list[Windows] = []
+    while True:
+        trace = probe_trace(training, rate_rps, measurement.requests_per_probe, measurement.seed)
+        seen.append(serve_windows(measurement, phase, tp, served, trace, window_s))
+        missed = float(np.nanmean(seen[-1].missed))
+        if missed > MOST_MISSED:
+            break
+        if missed > FEW_MISSED:
+            step = FINE_STEP
+        rate_rps *= step
+    return LoadCurve(phase, tp, _points(seen))
+
+
+def _points(seen: list[Windows]) -> tuple[LoadPoint, ...]:
+    """Windows of similar rates together, one point each."""
+    rate, power, missed = (
+        np.concatenate([getattr(one, name) for one in seen]) for name in ("rate_rps", "power_w", "missed")
+    )
+    usable = (rate > 0.0) & np.isfinite(missed)
+    rate, power, missed = rate[usable], power[usable], missed[usable]
+    number = np.round(np.log(rate) / np.log(CLASS_WIDTH)).astype(np.int64)
+    classes = np.unique(number)
+    means = np.array([[values[number == one].mean() for values in (rate, power, missed)] for one in classes])
+    weights = np.array([np.count_nonzero(number == one) for one in classes], np.float64)
+    power_w = isotonic_regression(means[:, 1], weights=weights).x
+    shares = isotonic_regression(means[:, 2], weights=weights).x
+    return tuple(LoadPoint(float(r), float(w), float(m)) for r, w, m in zip(means[:, 0], power_w, shares, strict=True))
+
+
+def curve_key(
+    measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, window_s: float, sources: str
+) -> str:
+    """Content hash of everything that a curve depends on."""
+    limits = [
+        measurement.slo.ttft_s,
+        measurement.slo.tpot_s,
+        window_s,
+        CLASS_WIDTH,
+        STEP,
+        FINE_STEP,
+        FEW_MISSED,
+        MOST_MISSED,
+        LEAST_RATE_RPS,
+    ]
+    return measurement_key(measurement, sources, {"curve": [phase, tp, *limits], "policy": served.key()})
+
+
+def _measure_and_store(
+    measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, window_s: float, key: str
+) -> LoadCurve:
+    curve = measure_curve(measurement, phase, tp, served, window_s)
+    about = {
+        "profile": f"{measurement.profile.model_name} {measurement.profile.for_phase(phase).precision}",
+        "training": measurement.training.name,
+        "curve": f"{phase} TP{tp}",
+    }
+    table_cache.store(CACHE_KIND, key, [asdict(point) for point in curve.points], about)
+    return curve
+
+
+def _stored(phase: Phase, tp: int, key: str) -> LoadCurve | None:
+    rows = table_cache.load(CACHE_KIND, key)
+    try:
+        return None if rows is None else LoadCurve(phase, tp, tuple(LoadPoint(**row) for row in rows))
+    except TypeError:
+        return None
+
+
+def load_curves(
+    measurement: Measurement,
+    kinds: Sequence[tuple[Phase, int]],
+    served: dict[Phase, CurvePolicy],
+    window_s: float,
+) -> tuple[LoadCurve, ...]:
+    """The curves of some kinds of instances, from disk where they have been measured before.
+
+    Args:
+        measurement: profile, SLO, training demand and probe lengths; ``headroom``, ``quantile`` and ``rate_tolerance``
+            do not matter.
+        kinds: (phase, TP degree).
+        served: the clock policy of each phase.
+        window_s: length of the windows that are planned.
+    """
+    sources = source_digest()
+    keys = [curve_key(measurement, phase, tp, served[phase], window_s, sources) for phase, tp in kinds]
+    found = [_stored(phase, tp, key) for (phase, tp), key in zip(kinds, keys, strict=True)]
+    if all(curve is not None for curve in found):
+        return tuple(curve for curve in found if curve is not None)
+    with table_cache.exclusively(CACHE_KIND, table_cache.content_key({"curves": keys})):
+        return tuple(
+            _stored(phase, tp, key) or _measure_and_store(measurement, phase, tp, served[phase], window_s, key)
+            for (phase, tp), key in zip(kinds, keys, strict=True)
+        )

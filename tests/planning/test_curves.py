@@ -1,0 +1,120 @@
+"""Load curves: what is read off windows, what a curve looks like, and that it is measured once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from biscale_gym.cluster.policy import hold
+from biscale_gym.cluster.settings import ClusterSettings, SloSettings
+from biscale_gym.cluster.simulator import PhasePolicy
+from biscale_gym.planning import curves, table_cache
+from biscale_gym.planning.classes import Measurement
+from biscale_gym.planning.curves import CurvePolicy, LoadCurve, LoadPoint, load_curves, measure_curve, serve_windows
+from biscale_gym.profiles import Profile
+from biscale_gym.traces.trace import Trace
+
+CLOCKS_MHZ = (750, 1110, 1830)
+WINDOW_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def training() -> Trace:
+    rng = np.random.default_rng(0)
+    n = 3000
+    return Trace(
+        np.cumsum(rng.exponential(0.1, n)), rng.integers(10, 600, n), rng.integers(2, 300, n), "poisson at 10/s"
+    )
+
+
+@pytest.fixture
+def measurement(profile: Profile, training: Trace) -> Measurement:
+    return Measurement(
+        profile=profile,
+        cluster=ClusterSettings(),
+        slo=SloSettings(ttft_s=0.6, tpot_s=0.1),
+        training=training,
+        headroom=0.95,
+        quantile=0.99,
+        requests_per_probe=500,
+        warmup_s=5.0,
+        rate_tolerance=0.02,
+        seed=1,
+    )
+
+
+def held(clock_mhz: int) -> CurvePolicy:
+    """A clock that stays."""
+    return CurvePolicy(PhasePolicy(function=hold), CLOCKS_MHZ, clock_mhz, "none")
+
+
+def test_windows_share_out_a_runs_requests_and_joules(measurement: Measurement, training: Trace) -> None:
+    seen = serve_windows(measurement, "prefill", 2, held(1830), training, WINDOW_S)
+    whole = serve_windows(measurement, "prefill", 2, held(1830), training, 1e9)
+    assert len(seen.rate_rps) == round(training.duration_s / WINDOW_S)
+    assert len(whole.rate_rps) == 1
+    lengths_s = np.full(len(seen.rate_rps), WINDOW_S)
+    # The first window begins after the warm-up, the second at a multiple of the window.
+    lengths_s[0] = WINDOW_S - measurement.warmup_s
+    lengths_s[-1] = training.duration_s - WINDOW_S * (len(lengths_s) - 1)
+    counted_s = training.duration_s - measurement.warmup_s
+    assert seen.rate_rps @ lengths_s == pytest.approx(whole.rate_rps[0] * counted_s)
+    assert seen.power_w @ lengths_s == pytest.approx(whole.power_w[0] * counted_s)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_curve_rises_and_ends_where_requests_are_late(measurement: Measurement, phase: Any) -> None:
+    curve = measure_curve(measurement, phase, 2, held(1110), WINDOW_S)
+    rates = [point.rate_rps for point in curve.points]
+    powers = [point.power_w for point in curve.points]
+    missed = [point.missed for point in curve.points]
+    assert rates == sorted(rates)
+    assert powers == sorted(powers)
+    assert missed == sorted(missed)
+    assert missed[0] < 0.01
+    assert missed[-1] > curves.MOST_MISSED
+    idle_w = 2.0 * measurement.profile.idle_power_w(2, 1110)
+    assert idle_w < powers[0] < powers[-1] < 2 * 700.0
+
+
+def test_a_faster_clock_carries_more_for_more_power(measurement: Measurement) -> None:
+    slow, fast = (measure_curve(measurement, "prefill", 2, held(clock), WINDOW_S) for clock in (750, 1830))
+
+    def carried(curve: LoadCurve) -> float:
+        return max(point.rate_rps for point in curve.points if point.missed < 0.01)
+
+    assert carried(fast) > 1.2 * carried(slow)
+    at = np.array([0.5 * carried(slow)])
+    assert fast.at(at)[0] > slow.at(at)[0]
+
+
+def test_between_its_points_a_curve_is_linear_and_beyond_them_infinite() -> None:
+    curve = LoadCurve("decode", 2, (LoadPoint(2.0, 100.0, 0.0), LoadPoint(4.0, 300.0, 0.2)))
+    power_w, missed = curve.at(np.array([1.0, 3.0, 4.0, 4.1]))
+    np.testing.assert_allclose(power_w, [100.0, 200.0, 300.0, np.inf])
+    np.testing.assert_allclose(missed, [0.0, 0.1, 0.2, np.inf])
+
+
+def test_curves_are_measured_once(measurement: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_cache, "cache_root", lambda: tmp_path)
+    asked: list[tuple[Any, ...]] = []
+
+    def measure(measurement: Any, phase: Any, tp: int, served: Any, window_s: float) -> LoadCurve:
+        asked.append((phase, tp))
+        return LoadCurve(phase, tp, (LoadPoint(1.0, float(tp), 0.0),))
+
+    monkeypatch.setattr(curves, "measure_curve", measure)
+    kinds: list[Any] = [("prefill", 2), ("decode", 4)]
+    policies: Any = {"prefill": held(1110), "decode": held(1110)}
+    first = load_curves(measurement, kinds, policies, WINDOW_S)
+    assert load_curves(measurement, kinds, policies, WINDOW_S) == first
+    assert asked == kinds
+    others: Any = {**policies, "decode": replace(held(1110), code="another")}
+    load_curves(measurement, kinds, others, WINDOW_S)
+    assert asked == [*kinds, ("decode", 4)]
+    load_curves(replace(measurement, slo=SloSettings(ttft_s=0.5, tpot_s=0.1)), kinds[:1], policies, WINDOW_S)
+    assert asked[3:] == [("prefill", 2)]
