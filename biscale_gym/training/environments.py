@@ -19,6 +19,7 @@ from biscale_gym.training.errors import TrainingError
 from biscale_gym.training.settings import TrainingSettings, WrapperSettings
 
 WRAPPERS = ("ClockDeltas", "ContinuousClocks", "CostConstrained", "EnergyPerRequest", "History", "SlackShaping")
+PLACEMENT = "BiScale/Placement-v0"
 SUMMED = ("energy_j", "violations", "completed", "dt_s")
 """Terms of steps that the lanes add up."""
 
@@ -199,6 +200,8 @@ def make_part(
         ConfigError, EnvironmentUsageError, gymnasium.error.Error: as making the environment.
     """
     arguments = {**env_arguments(settings), **changed}
+    if settings.env_id != PLACEMENT:
+        arguments = {"threads": settings.threads, **arguments}
     try:
         envs = gymnasium.make_vec(
             settings.env_id, lanes, vectorization_mode="vector_entry_point", scenario=scenario, **arguments

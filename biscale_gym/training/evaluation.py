@@ -18,7 +18,7 @@ from biscale_gym.envs.settings import TRACES
 from biscale_gym.planning import table_cache
 from biscale_gym.sb3 import GymnasiumVecEnv
 from biscale_gym.training.algorithms import find_algorithm
-from biscale_gym.training.environments import env_arguments, make_part
+from biscale_gym.training.environments import PLACEMENT, env_arguments, make_part
 from biscale_gym.training.settings import TrainingSettings
 
 ENERGY = {"BiScale/Prefill-v0": "prefill_energy_j", "BiScale/Decode-v0": "decode_energy_j"}
@@ -150,7 +150,7 @@ def _changed(settings: TrainingSettings) -> dict[str, Any]:
 def _reference(settings: TrainingSettings, scenario: str, name: str) -> Played:
     """What a reference does on the evaluation's episodes."""
     changed = _changed(settings)
-    if settings.env_id == "BiScale/Placement-v0":
+    if settings.env_id == PLACEMENT:
         return _planned(settings, scenario, name, changed)
 
     def lanes(**more: Any) -> GymnasiumVecEnv:

@@ -158,7 +158,8 @@ class TrainingSettings(Settings):
         lanes: environments side by side.
         total_steps: environment steps, all lanes together.
         seed: of everything random.
-        threads: of torch. More than one may change sums, and with them weights.
+        threads: of torch and of the lanes' compiled step. Another number may change torch's sums, and with them the
+            weights; on small networks and a machine with other work more than one is slower.
         evaluation, constraint, warm_start, curriculum, early_stop: as their classes say; None: without.
         checkpoint_every_s: seconds of wall time between checkpoints; 0: at every iteration.
     """

@@ -126,7 +126,8 @@ def clone(settings: TrainingSettings, model: BaseAlgorithm, lanes: LanesVecEnv) 
     optimiser = torch.optim.Adam(policy.parameters(), lr=warm.learning_rate)
     draws = np.random.default_rng(settings.seed)
     count = len(flat["observations"])
-    scale = float(flat["returns"].std()) + 1e-8 if with_values else 1.0
+    # Errors of a value function that says 0 count as 1.
+    scale = float(flat["returns"].square().mean().sqrt()) + 1e-8 if with_values else 1.0
     policy.set_training_mode(True)
     mean_loss = 0.0
     for _ in range(warm.epochs):
@@ -142,7 +143,6 @@ def clone(settings: TrainingSettings, model: BaseAlgorithm, lanes: LanesVecEnv) 
                 loss = loss + warm.value_weight * (error**2).mean()
             optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimiser.step()
             losses.append(float(loss.detach()))
         mean_loss = float(np.mean(losses))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
-
-pytest.importorskip("sb3_contrib")
 
 from biscale_gym.config import replaced, validate
 from biscale_gym.training.run import Result, begin, train
@@ -27,6 +26,12 @@ TINY: dict[str, Any] = {
     "total_steps": 512,
     "evaluation": {"every_steps": 256, "episodes": 2, "episode_s": 5.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """As runs do; more threads than cores are many times slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

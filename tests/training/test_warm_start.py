@@ -26,24 +26,26 @@ PLACEMENT = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "steps", "least"),
+    ("changed", "steps"),
     [
-        ({"env_id": "BiScale/Prefill-v0"}, 4000, 0.93),
-        ({"env_id": "BiScale/Decode-v0", "env.overrides": {"slo.tpot_s": 0.02}}, 4000, 0.93),
-        ({"env_id": "BiScale/Cluster-v0"}, 2000, 0.93),
-        ({"wrappers": ["ContinuousClocks"]}, 4000, 0.6),
-        (PLACEMENT, 64, 0.9),
+        ({"env.overrides": {"slo.ttft_s": 0.12}}, 4000),
+        ({"env_id": "BiScale/Decode-v0", "env.overrides": {"slo.tpot_s": 0.022}}, 4000),
+        ({"env_id": "BiScale/Cluster-v0", "env.overrides": {"slo.ttft_s": 0.2, "slo.tpot_s": 0.022}}, 2000),
+        (PLACEMENT, 64),
     ],
-    ids=["prefill", "decode", "cluster", "continuous", "placement"],
+    ids=["prefill", "decode", "cluster", "placement"],
 )
-def test_a_clone_decides_as_its_teacher(changed: dict[str, Any], steps: int, least: float, tiny: Make) -> None:
-    warm = {"steps": steps, "epochs": 60, "batch_size": 256, "learning_rate": 3e-3}
+def test_a_clone_decides_as_its_teacher(changed: dict[str, Any], steps: int, tiny: Make) -> None:
+    warm = {"steps": steps, "epochs": 300 if steps < 100 else 40, "batch_size": steps // 16, "learning_rate": 3e-3}
     settings = tiny({**changed, "net_arch": [32], "warm_start": warm})
+    assert settings.warm_start is not None
     lanes = make_lanes(settings)
-    model = make_model(settings, lanes)
-    untaught = clone(settings.model_copy(update={"warm_start": WarmStartSettings(steps=32, epochs=1)}), model, lanes)
-    taught = clone(settings, model, lanes)
-    assert taught["agreement"] > max(least, untaught["agreement"])
+    lanes.seed(0)
+    decisions = rollout(settings, lanes, settings.warm_start, 0.99).actions.ravel()
+    commonest = np.unique(decisions, return_counts=True)[1].max() / decisions.size
+    told = clone(settings, make_model(settings, lanes), lanes)
+    assert commonest < 0.95  # always the same answer would not do
+    assert 1.0 - told["agreement"] < 0.5 * (1.0 - commonest)
 
 
 def test_continuous_actions_are_the_controllers_clocks(tiny: Make) -> None:
