@@ -117,7 +117,7 @@ def validate(records: tyro.conf.Positional[Path], record: tyro.conf.Positional[s
 @app.command
 def train(
     config: tyro.conf.Positional[str],
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = (),
     out: Path | None = None,
     conf_file: Path | None = None,
     wandb: str | None = None,
@@ -127,7 +127,7 @@ def train(
 
     Args:
         config: A preset of configs/training, a YAML file, or the folder of a run to go on with.
-        set: A setting to replace, as KEY=VALUE (env.episode_s=60); may be given several times.
+        set: Settings to replace, as KEY=VALUE (env.episode_s=60); may be given several times.
         out: Folder of the new run; results/train/NAME-SEED without it.
         conf_file: Hyper-parameters in RL Baselines3 Zoo's form, in place of those of the preset.
         wandb: Project at Weights & Biases to record the run in.
@@ -136,7 +136,7 @@ def train(
     from biscale_gym.config import parsed_overrides
     from biscale_gym.training import commands
 
-    return commands.train_from(config, parsed_overrides(set), out, conf_file, wandb, tensorboard)
+    return commands.train_from(config, parsed_overrides(sum(set, ())), out, conf_file, wandb, tensorboard)
 
 
 @trace_app.command

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from biscale_gym.config import replaced, validate
 from biscale_gym.training.errors import TrainingError
-from biscale_gym.training.run import begin, load_settings, train
+from biscale_gym.training.run import SETTINGS, begin, load_settings, summary, train
 from biscale_gym.training.settings import TrainingSettings
 from biscale_gym.training.zoo import with_conf_file
 
@@ -50,3 +50,23 @@ def train_from(
         folder = out if out is not None else RESULTS / f"{Path(config).stem}-{settings.seed}"
         begin(settings, folder)
     return train(settings, folder, Console(stderr=True), wandb, tensorboard).status
+
+
+def trial(config: str, overrides: dict[str, Any], folder: Path) -> dict[str, float]:
+    """One trial of a search: a run in ``folder``, or what is left of it there, to its end; returns its summary.
+
+    Raises:
+        KeyboardInterrupt: a signal interrupted it.
+        ConfigError, TrainingError: as ``train_from``.
+    """
+    if (folder / SETTINGS).exists():
+        settings, _ = load_settings(str(folder))
+    else:
+        chosen, _ = load_settings(config)
+        values = replaced(chosen.model_dump(mode="json"), overrides, f"training preset {config!r}")
+        settings = validate(TrainingSettings, values, f"training preset {config!r} with a trial's settings")
+        begin(settings, folder)
+    result = train(settings, folder, Console(stderr=True))
+    if result.status != 0:
+        raise KeyboardInterrupt
+    return summary(result)

@@ -28,6 +28,8 @@ ATTAINMENTS = {"BiScale/Prefill-v0": ("ttft_attainment",), "BiScale/Decode-v0": 
 SHOWN = {"BiScale/Prefill-v0": "ttft_attainment", "BiScale/Decode-v0": "tpot_attainment"}
 """The share that is held against the reference's; of the others ``joint_attainment``."""
 MAX_CLOCK = "max-clock"
+LATE = 100.0
+"""More than any energy over a reference's, or megajoules of an episode."""
 Floats = NDArray[np.float64]
 
 
@@ -77,6 +79,11 @@ class Score:
     def rank(self) -> tuple[bool, float]:
         """Greater is better: least energy among those that keep the SLO; without any, the greatest attainment."""
         return self.keeps_slo, -self.energy if self.keeps_slo else self.attainment
+
+    @property
+    def objective(self) -> float:
+        """The same order as one number to be minimised, for searches: the energy; above ``LATE`` without the SLO."""
+        return self.energy if self.keeps_slo else LATE + 100.0 * (1.0 - self.attainment)
 
     def values(self) -> dict[str, Any]:
         """As JSON."""

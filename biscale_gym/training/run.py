@@ -336,6 +336,8 @@ class Run:
         if better:
             state.best_at, state.best = steps, score.values()
             self._save(BEST, score)
+        assert state.best is not None
+        self._tracker.log(_amounts(Score(**state.best)), steps, group="best")
         self._progress.say(f"step {steps:,}: {described(score)}{'; the best so far' if better else ''}")
 
     def _save(self, name: str, score: Score) -> None:
@@ -383,10 +385,32 @@ class Run:
             if self._export is not None:
                 self._export(load_model(self._folder / name), self._settings, self._folder / name)
             self._tracker.artifact(self._folder / name, "model", name, {"step": self.steps, **score.figures()})
-        self._tracker.summary({"final": final.values(), "best": best.values(), "best_at": state.best_at})
+        self._tracker.summary({**summary(result), "best_at": state.best_at, "steps_per_s": result.steps_per_s})
         checkpoints.replace_file(self._folder / RESULT, asdict(result))
         self._progress.say(f"best (step {state.best_at:,}): {described(best)}; models: {self._folder}")
         return result
+
+
+def _amounts(score: Score) -> dict[str, float]:
+    """What a score comes to, flat."""
+    return {
+        "objective": score.objective,
+        "energy": score.energy,
+        "attainment": score.attainment,
+        "keeps_slo": float(score.keeps_slo),
+        "return": score.mean_return,
+    }
+
+
+def summary(result: Result) -> dict[str, float]:
+    """Figures of a run that is done, ``best/objective`` and so on, as trackers and searches take them."""
+    scores = {"best": result.best, "final": result.final}
+    return {
+        f"{name}/{figure}": value
+        for name, score in scores.items()
+        if score is not None
+        for figure, value in _amounts(score).items()
+    }
 
 
 def _check(settings: TrainingSettings) -> None:

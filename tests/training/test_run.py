@@ -82,7 +82,10 @@ def test_the_best_model_is_that_of_least_energy_within_the_slo(
     assert result.best is not None
     assert (result.best.energy, result.best_at) == (1.1, 5 * 128)
     lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
-    assert [line["values"]["best_at"] for line in lines if line["event"] == "summary"] == [5 * 128]
+    ends = [line["values"] for line in lines if line["event"] == "summary"]
+    assert [(end["best_at"], end["best/energy"], end["best/objective"]) for end in ends] == [(5 * 128, 1.1, 1.1)]
+    objectives = [line["metrics"]["best/objective"] for line in lines if "best/objective" in line.get("metrics", {})]
+    assert objectives == pytest.approx([110.0, 105.0, 1.2, 1.2, 1.1])
 
 
 def test_early_stop_counts_evaluations_without_a_better_model(

@@ -12,6 +12,7 @@ import yaml
 
 from biscale_gym import cli
 from biscale_gym.config import load_preset
+from biscale_gym.training.commands import trial
 from biscale_gym.training.run import load_settings, read_result
 from biscale_gym.training.settings import TrainingSettings
 
@@ -35,7 +36,7 @@ def test_a_run_and_its_messages(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert status_of(str(config), "--set", "total_steps=256", "--set", "seed=3", "--set", "early_stop.patience=9") == 0
+    assert status_of(str(config), "--set", "total_steps=256", "seed=3", "--set", "early_stop.patience=9") == 0
     settings, folder = load_settings("results/train/tiny-3")
     assert (settings.total_steps, settings.seed) == (256, 3)
     assert settings.early_stop is not None
@@ -71,6 +72,16 @@ def test_hyperparameters_from_a_file_of_the_zoo(config: Path, tmp_path: Path, mo
     settings, _ = load_settings("zoo")
     assert (settings.lanes, settings.total_steps, settings.net_arch, settings.activation) == (4, 128, (8, 8), "relu")
     assert settings.hyperparameters == {"n_steps": 16, "batch_size": 64}
+
+
+def test_a_trial_of_a_search_goes_on_with_what_it_finds(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    figures = trial(str(config), {"total_steps": 256, "hyperparameters.gamma": 0.9}, folder)
+    assert load_settings(str(folder))[0].hyperparameters["gamma"] == 0.9
+    best = read_result(folder).best
+    assert best is not None
+    assert (figures["best/energy"], figures["best/objective"]) == (best.energy, best.objective)
+    assert trial(str(config), {"total_steps": 256}, folder) == figures
 
 
 def test_the_smoke_preset_is_small() -> None:
