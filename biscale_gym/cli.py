@@ -52,9 +52,9 @@ def compare(
         workers: Processes.
         plots: Draw energy bars, latency distributions and timelines.
     """
+    from biscale_gym.config import parsed_overrides
     from biscale_gym.control.controllers import find_controller
     from biscale_gym.control.rollout import run
-    from biscale_gym.control.scenario import parsed_overrides
     from biscale_gym.evaluation import compare as comparing
     from biscale_gym.evaluation.matrix import jobs_of
 
@@ -112,6 +112,31 @@ def validate(records: tyro.conf.Positional[Path], record: tyro.conf.Positional[s
         for line in verdict.warnings:
             print(f"    warning: {line}", file=sys.stderr)
     return 0 if held else 1
+
+
+@app.command
+def train(
+    config: tyro.conf.Positional[str],
+    set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = (),
+    out: Path | None = None,
+    conf_file: Path | None = None,
+    wandb: str | None = None,
+    tensorboard: bool = False,
+) -> int:
+    """Train an agent, or go on with a run that was interrupted.
+
+    Args:
+        config: A preset of configs/training, a YAML file, or the folder of a run to go on with.
+        set: Settings to replace, as KEY=VALUE (env.episode_s=60); may be given several times.
+        out: Folder of the new run; results/train/NAME-SEED without it.
+        conf_file: Hyper-parameters in RL Baselines3 Zoo's form, in place of those of the preset.
+        wandb: Project at Weights & Biases to record the run in.
+        tensorboard: Also write TensorBoard's event files.
+    """
+    from biscale_gym.config import parsed_overrides
+    from biscale_gym.training import commands
+
+    return commands.train_from(config, parsed_overrides(sum(set, ())), out, conf_file, wandb, tensorboard)
 
 
 @trace_app.command

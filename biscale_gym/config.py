@@ -6,10 +6,12 @@ resolved configuration beside every result.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,6 +112,52 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
         if nested:
             current = nested[0]
     return sorted(getattr(current, "model_fields", {}))
+
+
+def replaced(values: dict[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested settings with some of them replaced; a group that is None becomes one.
+
+    Args:
+        values: as ``model_dump`` gives them; not changed.
+        overrides: dotted setting to value, e.g. ``{"cluster.precision": "bf16"}``.
+        where: for messages.
+
+    Raises:
+        ConfigError: a group that is none; the nearest is named.
+    """
+    changed = copy.deepcopy(values)
+    for dotted, value in overrides.items():
+        at = changed
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            if at.get(parent, 0) is None:
+                at[parent] = {}
+            if not isinstance(at.get(parent), dict):
+                groups = sorted(key for key, group in at.items() if isinstance(group, dict))
+                raise ConfigError(
+                    f"{where} has no settings group {parent!r} (in {dotted!r}); {nearest(parent, groups)}"
+                )
+            at = at[parent]
+        at[last] = value
+    return changed
+
+
+def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts, as command lines give them, as overrides; values are read as YAML.
+
+    Raises:
+        ConfigError: a text is not of this form.
+    """
+    values = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, for instance cluster.precision=bf16")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is no YAML") from error
+    return values
 
 
 def load_preset(model: type[SettingsT], kind: str, name_or_path: str) -> SettingsT:

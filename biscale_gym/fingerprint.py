@@ -35,6 +35,21 @@ def fingerprint() -> dict[str, Any]:
     }
 
 
+def dirty_diff(limit_characters: int = 1_000_000) -> str:
+    """What the clone has changed since its revision, as a patch; empty for an installed package.
+
+    A patch of more than ``limit_characters`` ends there.
+    """
+    clone = Path(__file__).resolve().parents[1]
+    if not (clone / ".git").exists():
+        return ""
+    try:
+        diff = _git(clone, "diff", "HEAD")
+    except (OSError, UnicodeDecodeError, subprocess.SubprocessError):
+        return ""
+    return f"{diff[:limit_characters]}\n" if diff else ""
+
+
 def same_arithmetic(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Whether two fingerprints promise the same results bit for bit."""
     return all(ours.get(key) == theirs.get(key) for key in _ARITHMETIC)

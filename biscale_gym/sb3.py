@@ -58,6 +58,8 @@ class GymnasiumVecEnv(VecEnv):
         self.envs = envs
         self.step_infos = step_infos
         self.spec = envs.spec
+        self.infos: dict[str, Any] = {}
+        """Gymnasium's own infos of the last step, an array per term; an ended lane's may be of its new episode."""
         self._actions: NDArray[Any] | None = None
         # What a native step tells of every lane; others tell of each lane what they like.
         self._terms = tuple(envs.setting.term_columns) if isinstance(envs, NativeVectorEnv) else ()
@@ -98,6 +100,7 @@ class GymnasiumVecEnv(VecEnv):
             float32[N, size], float32[N], bool[N], N infos.
         """
         obs, rewards, _, ended, infos = self.envs.step(self._actions)
+        self.infos = infos
         told: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if self.step_infos:
             told = [lane_info(infos, lane) for lane in range(self.num_envs)]
@@ -130,9 +133,13 @@ class GymnasiumVecEnv(VecEnv):
         if isinstance(self.envs, SyncVectorEnv):
             return [self.envs.envs[lane].get_wrapper_attr(attr_name) for lane in chosen]
         if attr_name in _OF_A_LANE:
-            values = getattr(self.envs, _OF_A_LANE[attr_name])
+            values = self._shared(_OF_A_LANE[attr_name])
             return [values[lane] for lane in chosen]
-        return [getattr(self.envs, _OF_ALL.get(attr_name, attr_name))] * len(chosen)
+        return [self._shared(_OF_ALL.get(attr_name, attr_name))] * len(chosen)
+
+    def _shared(self, name: str) -> Any:
+        """An attribute of the vector environment: the outermost wrapper's that has one."""
+        return getattr(self.envs, name) if hasattr(self.envs, name) else getattr(self.envs.unwrapped, name)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Set an attribute of the chosen lanes' environments; in a native vector environment they share it.

@@ -17,8 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from biscale_gym.config import parsed_overrides
 from biscale_gym.control.rollout import RunJob, run
-from biscale_gym.control.scenario import load_scenario, parsed_overrides
+from biscale_gym.control.scenario import load_scenario
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from biscale_gym.cluster.placement import InstanceGroup
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
-from biscale_gym.config import ConfigError, Settings, load_preset, nearest, validate
+from biscale_gym.config import Settings, load_preset, replaced, validate
 from biscale_gym.metrics import TpotDefinition
 from biscale_gym.profiles.prediction import PredictionSettings
 
@@ -88,35 +86,5 @@ def load_scenario(name_or_path: str, overrides: dict[str, Any] | None = None) ->
     scenario = load_preset(ScenarioSettings, "scenarios", name_or_path)
     if not overrides:
         return scenario
-    values = scenario.model_dump()
-    for dotted, value in overrides.items():
-        at = values
-        *parents, last = dotted.split(".")
-        for parent in parents:
-            if not isinstance(at.get(parent), dict):
-                groups = sorted(key for key, group in at.items() if isinstance(group, dict))
-                raise ConfigError(
-                    f"scenario {name_or_path!r} has no settings group {parent!r} (in {dotted!r}); "
-                    f"{nearest(parent, groups)}"
-                )
-            at = at[parent]
-        at[last] = value
+    values = replaced(scenario.model_dump(), overrides, f"scenario {name_or_path!r}")
     return validate(ScenarioSettings, values, f"scenario {name_or_path!r} with overrides")
-
-
-def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts, as command lines give them, as overrides; values are read as YAML.
-
-    Raises:
-        ConfigError: a text is not of this form.
-    """
-    values = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {text}: expected KEY=VALUE, for instance cluster.precision=bf16")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is no YAML") from error
-    return values

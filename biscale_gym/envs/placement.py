@@ -24,6 +24,18 @@ from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.lanes import overdue
 from biscale_gym.envs.layout import numbered
 from biscale_gym.envs.placement_layout import MOST_INSTANCES, PAST_WINDOWS, PEAKS_S, log_rate, placement_entries
+from biscale_gym.envs.saved import (
+    Saved,
+    joined,
+    restore_simulators,
+    restored_generator,
+    restored_ledger,
+    restored_placement,
+    saved_generator,
+    saved_ledger,
+    saved_placement,
+    saved_simulators,
+)
 from biscale_gym.envs.setting import decided
 from biscale_gym.envs.settings import PlacementEnvSettings
 from biscale_gym.envs.snapshots import Snapshots
@@ -144,16 +156,20 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
             ConfigError, TraceError: an unknown option, or an episode that cannot be.
         """
         super().reset(seed=seed)
-        self.episode = self.source.draw(self.np_random, options)
-        rate_rps = (self.settings.rate_rps or self.scenario.rate_rps) * self.episode.load
+        self._begin(self.source.draw(self.np_random, options))
+        assert self.episode is not None
+        return self._observe(), {**self.episode.info, **self._window_info()}
+
+    def _begin(self, episode: Episode) -> None:
+        self.episode = episode
+        rate_rps = (self.settings.rate_rps or self.scenario.rate_rps) * episode.load
         if self.settings.trace is not None:
-            rate_rps = self.episode.requests.rate_rps
+            rate_rps = episode.requests.rate_rps
         self.demand = WindowDemand(
-            self.scenario, self.profile, self.source.training(), self.clocks_mhz, self.episode, rate_rps
+            self.scenario, self.profile, self.source.training(), self.clocks_mhz, episode, rate_rps
         )
         self.placement, self.window, self.chosen = None, 0, []
         self._simulator, self._start, self._over = None, None, False
-        return self._observe(), {**self.episode.info, **self._window_info()}
 
     def _placed(self, chosen: Sequence[int]) -> Placement:
         """The instances of the chosen classes: prefill first, large ones first; requests are shared by R_c."""
@@ -374,6 +390,43 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
             return None
         chosen = self._placed(self.chosen).describe() if self.chosen else "nothing yet"
         return f"window {self.window}: {chosen}; {int(self.action_masks()[:-1].sum())} classes still fit"
+
+    def saved(self) -> Saved:
+        """The episode as it stands, and all that decides those after it.
+
+        Raises:
+            EnvironmentUsageError: before the first reset.
+        """
+        if self.episode is None:
+            raise EnvironmentUsageError("the environment has not been reset yet: call reset() first")
+        values = {
+            "generator": saved_generator(self.np_random),
+            "episode": self.episode.info,
+            "placement": saved_placement(self.placement),
+            "window": self.window,
+            "chosen": list(self.chosen),
+            "over": self._over,
+            "start": None if self._start is None else saved_ledger(self._start),
+        }
+        parts = {"own": Saved({}, values)}
+        if self._simulator is not None:
+            parts["simulator"] = saved_simulators([self._simulator])
+        return joined(parts)
+
+    def restore_saved(self, saved: Saved) -> None:
+        """Go on from what ``saved`` kept of an environment made with the same arguments, in this or another process."""
+        told = saved.under("own").values
+        self.np_random = restored_generator(told["generator"])
+        self._begin(self.source.draw(np.random.default_rng(0), told["episode"]))
+        placement = restored_placement(told["placement"])
+        if placement is not None:
+            # The policies are those of the first window, as ``_play`` set them.
+            self._simulator = self._open(placement)
+            self._simulator.set_policies(*self._policies())
+            restore_simulators([self._simulator], saved.under("simulator"))
+            self._start = restored_ledger(told["start"])
+        self.placement, self.window = placement, told["window"]
+        self.chosen, self._over = list(told["chosen"]), told["over"]
 
 
 def placement_vector_env(num_envs: int = 1, **settings: Any) -> SyncVectorEnv:

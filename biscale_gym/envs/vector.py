@@ -19,6 +19,18 @@ from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError, refused_action
+from biscale_gym.envs.saved import (
+    Saved,
+    joined,
+    restore_simulators,
+    restored_generator,
+    restored_ledger,
+    restored_placement,
+    saved_generator,
+    saved_ledger,
+    saved_placement,
+    saved_simulators,
+)
 from biscale_gym.envs.setting import Setting
 from biscale_gym.envs.single import Observation
 
@@ -185,3 +197,57 @@ class NativeVectorEnv(VectorEnv[Observation, Actions, Any]):
             final = {**self.setting.info(self._terms[lane]), "episode_metrics": metrics}
             last = {"final_obs": self._obs[lane].copy(), "final_info": final}
             self._add_info(infos, {**last, **self._begin(int(lane), None)}, int(lane))
+
+    def saved(self) -> Saved:
+        """Every lane in the middle of its episode, and all that decides the episodes after it.
+
+        Raises:
+            EnvironmentUsageError: a lane has never been reset.
+        """
+        if not self._begun:
+            raise EnvironmentUsageError("not every lane has been reset yet: call reset() first")
+        lanes = []
+        simulators: list[Simulator] = []
+        everything = zip(self._generators, self.episodes, self.placements, self.simulators, self._starts, strict=True)
+        for generator, episode, placement, simulator, start in everything:
+            assert generator is not None
+            assert episode is not None
+            assert simulator is not None
+            assert start is not None
+            simulators.append(simulator)
+            lanes.append(
+                {
+                    "generator": saved_generator(generator),
+                    "episode": episode.info,
+                    "placement": saved_placement(placement),
+                    "start": saved_ledger(start),
+                }
+            )
+        rows = {"lanes": self._lanes.copy(), "obs": self._obs.copy(), "terms": self._terms.copy()}
+        return joined({"rows": Saved(rows, {"lanes": lanes}), "simulators": saved_simulators(simulators)})
+
+    def restore_saved(self, saved: Saved) -> None:
+        """Go on from what ``saved`` kept of a vector made with the same arguments, in this or another process.
+
+        Raises:
+            EnvironmentUsageError: it had another number of lanes.
+        """
+        rows = saved.under("rows")
+        lanes = rows.values["lanes"]
+        if len(lanes) != self.num_envs:
+            raise EnvironmentUsageError(f"{len(lanes)} lanes were saved, this vector has {self.num_envs}")
+        simulators: list[Simulator] = []
+        for lane, told in enumerate(lanes):
+            self._generators[lane] = restored_generator(told["generator"])
+            episode = self.setting.source.draw(np.random.default_rng(0), told["episode"])
+            placement = restored_placement(told["placement"])
+            assert placement is not None
+            simulators.append(self.setting.simulator(episode, placement))
+            self.episodes[lane], self.placements[lane] = episode, placement
+            self._starts[lane] = restored_ledger(told["start"])
+        restore_simulators(simulators, saved.under("simulators"))
+        self.simulators = list(simulators)
+        for lane, simulator in enumerate(simulators):
+            self._handles[lane] = simulator.handle()
+        self._lanes[:], self._obs[:], self._terms[:] = (rows.arrays[name] for name in ("lanes", "obs", "terms"))
+        self._begun = True

@@ -67,6 +67,9 @@ class ContinuousClocks(VectorActionWrapper[Any, Any, Any, Any], RecordConstructo
 class ClockDeltas(VectorWrapper[Any, Any, Any, Any, Any], RecordConstructorArgs):
     """``wrappers.ClockDeltas`` in every lane: actions int[N], or int[N, S]."""
 
+    keeps = ("_last",)
+    """What ``envs.saved`` keeps of it."""
+
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         RecordConstructorArgs.__init__(self)
         super().__init__(env)
@@ -92,6 +95,8 @@ class ClockDeltas(VectorWrapper[Any, Any, Any, Any, Any], RecordConstructorArgs)
 
 class History(VectorWrapper[Any, Any, Any, Any, Any], RecordConstructorArgs):
     """``wrappers.History`` in every lane: observations [N, k x size], ``final_obs`` alike."""
+
+    keeps = ("_rows",)
 
     def __init__(self, env: VectorEnv[Any, Any, Any], k: int) -> None:
         RecordConstructorArgs.__init__(self, k=k)
@@ -164,6 +169,8 @@ class EnergyPerRequest(VectorWrapper[Any, Any, Any, Any, Any], RecordConstructor
 
 class SlackShaping(VectorWrapper[Any, Any, Any, Any, Any], RecordConstructorArgs):
     """``wrappers.SlackShaping`` in every lane; ``infos["shaping"]`` is float64[N]."""
+
+    keeps = ("_potentials",)
 
     def __init__(self, env: VectorEnv[Any, Any, Any], weight: float = 1.0, gamma: float | None = 0.99) -> None:
         RecordConstructorArgs.__init__(self, weight=weight, gamma=gamma)

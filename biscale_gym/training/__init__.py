@@ -1,0 +1,1 @@
+"""Training agents of the environments with Stable-Baselines3: presets, evaluation, checkpoints, constraints."""
