@@ -70,6 +70,8 @@ class Tracker:
         self.folder = folder
         self.run_id = run_id
         """Id of the W&B run, to resume it with; None without W&B."""
+        self.unreachable = False
+        """Whether W&B had a key but, at the end, no server that took the run; further runs had better be offline."""
         self._sinks = dict(sinks)
 
     def config(self, values: Mapping[str, Any]) -> None:
@@ -88,12 +90,17 @@ class Tracker:
 
     def figure(self, name: str, figure: Any, step: int | None = None) -> None:
         """Records a picture: the path of a PNG file, or a matplotlib figure, which is saved under ``figures/``."""
-        if not isinstance(figure, str | Path):
+        if isinstance(figure, str | Path):
+            path = Path(figure)
+        else:
             path = self.folder / "figures" / f"{_file_stem(name)}{'' if step is None else f'-{step}'}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
-            figure = path
-        self._each("figure", name, Path(figure), step)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path)
+            except OSError as error:
+                warnings.warn(f"{path}: cannot be written ({error.strerror or error})", stacklevel=2)
+                return
+        self._each("figure", name, path, step)
 
     def artifact(self, path: Path, kind: str, name: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Records a file or a folder (a model, records, an export) that stays as it is until the run ends."""
@@ -106,6 +113,7 @@ class Tracker:
     def close(self, exit_status: int = 0) -> None:
         """Ends every record; W&B has a limited time for what it has not sent. A second call does nothing."""
         self._each("close", exit_status)
+        self.unreachable |= any(sink.unreachable for sink in self._sinks.values() if isinstance(sink, WandbRun))
         self._sinks.clear()
 
     def __enter__(self) -> Tracker:
@@ -136,6 +144,7 @@ def open_tracker(
     tensorboard: bool = False,
     resume: str | None = None,
     limits: Limits | None = None,
+    offline: bool = False,
 ) -> Tracker:
     """Opens the records of a run in ``folder``: ``run.jsonl``, appended to, and what else is asked for.
 
@@ -151,6 +160,7 @@ def open_tracker(
         tensorboard: Also write event files to ``tensorboard/``.
         resume: ``run_id`` of the W&B run to go on with.
         limits: How long W&B may take, in place of the usual.
+        offline: Keep W&B off the network even if a key is configured.
 
     Raises:
         TrackingError: the folder cannot be written, wandb or tensorboard is not installed, or ``kind`` is none.
@@ -174,7 +184,15 @@ def open_tracker(
         raise TrackingError(f"{folder}: cannot be written ({error.strerror or error})") from error
     if wandb is not None:
         run_id = resume or new_run_id()
-        sinks["W&B"] = WandbRun(folder, about, wandb, run_id, folder / DIFF if diff else None, limits or Limits())
+        start = {
+            **about,
+            "project": wandb,
+            "run_id": run_id,
+            "offline": offline,
+            "revision": provenance["git_revision"],
+            "diff": str((folder / DIFF).resolve()) if diff else None,
+        }
+        sinks["W&B"] = WandbRun(folder, start, limits or Limits())
     lines.write("start", {**about, "wandb_project": wandb, "run_id": run_id})
     tracker = Tracker(folder, sinks, run_id)
     tracker._each("config", {"provenance": provenance})
