@@ -167,7 +167,7 @@ def open_tracker(
     """
     if kind not in get_args(Kind):
         raise TrackingError(f"no kind of run {kind!r}; {nearest(kind, list(get_args(Kind)))}")
-    _check_installed("wandb" if wandb is not None else None, "tensorboard" if tensorboard else None)
+    check_installed(wandb, tensorboard)
     about = {"kind": kind, "name": name, "group": group, "tags": list(tags)}
     provenance = {"command": sys.argv, **fingerprint(), **_versions()}
     diff = dirty_diff()
@@ -289,9 +289,14 @@ class TensorBoard:
         self._writer.close()
 
 
-def _check_installed(*packages: str | None) -> None:
-    for package in packages:
-        if package is not None and importlib.util.find_spec(package) is None:
+def check_installed(wandb: str | None, tensorboard: bool) -> None:
+    """Whether what is asked for is there, without importing it.
+
+    Raises:
+        TrackingError: it is not; the message says how it gets there.
+    """
+    for package, asked in (("wandb", wandb is not None), ("tensorboard", tensorboard)):
+        if asked and importlib.util.find_spec(package) is None:
             raise TrackingError(f"--{package} needs {package}: pip install 'biscale-gym[train]'")
 
 

@@ -1,7 +1,8 @@
 """The process that holds a W&B run: reads calls as lines of JSON, makes them, and finishes when its input ends.
 
-Started by ``wandb_run`` as a script, so that it imports nothing of the package. Standard output carries one report as
-JSON; what goes wrong goes to standard error and ends the process with status 1.
+Started by ``wandb_run`` as a script, so that it imports nothing of the package. Standard output carries reports as
+JSON: where the run is, and at the end the calls that W&B refused (a name, a file that is not there). Anything else that
+goes wrong ends the process with status 1 and a line on standard error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _ORDERLY = 0.8
 """Share of the time at the end after which wandb gives up by itself; past all of it this process is killed."""
 _UNSAVED_S = 1.0
 """What a service that is killed may take with it."""
+_LONGEST_TAG, _LONGEST_NAME = 64, 100
+"""Letters: W&B's limit of a tag, and of a table's or artifact's name less what it puts before."""
+_REFUSED = (ValueError, TypeError, FileNotFoundError)
 _ORPHANED = 255
 """Exit status of a run whose own process ended without a word."""
 
@@ -83,7 +87,7 @@ class Held:
                 id=run_id,
                 name=name,
                 group=group,
-                tags=list(tags),
+                tags=[tag[:_LONGEST_TAG] for tag in tags],
                 job_type=kind,
                 resume="allow",
                 mode=mode,
@@ -128,7 +132,7 @@ class Held:
         """Logs a table."""
         import wandb
 
-        self.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
+        self.log({name[:_LONGEST_NAME]: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
 
     def figure(self, name: str, path: str, step: int | None) -> None:
         """Logs a picture."""
@@ -140,7 +144,7 @@ class Held:
         """Logs a file or a folder as an artifact; letters that its name cannot hold become dashes."""
         import wandb
 
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name)[:128], type=kind, metadata=dict(metadata))
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name)[:_LONGEST_NAME], type=kind, metadata=dict(metadata))
         if Path(path).is_dir():
             artifact.add_dir(path, skip_cache=True)
         else:
@@ -188,7 +192,7 @@ def _mode(start_s: float) -> tuple[Mode, str, bool]:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def main() -> None:
@@ -196,14 +200,21 @@ def main() -> None:
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     held = Held()
+    refused: list[str] = []
     for line in sys.stdin:
         arguments = json.loads(line)
         call = arguments.pop("call")
-        getattr(held, call)(**arguments)
+        try:
+            getattr(held, call)(**arguments)
+        except _REFUSED as error:
+            if held.run is None:
+                raise
+            refused.append(_told(error))
         if call == "start":
             print(json.dumps(held.report()), file=reports)
     if not held.closed:
         held.close(_ORPHANED)
+    print(json.dumps({"refused": len(refused), "first": refused[:1]}), file=reports)
     # Past wandb's own clean-up, which waits for as long as a server does not answer.
     sys.stderr.flush()
     os._exit(0)

@@ -28,6 +28,7 @@ from typing import Any
 
 _PROCESS = Path(__file__).with_name("wandb_process.py")
 _SHORTEST_WAIT_S = 0.01
+_ALL = "run.jsonl has them all"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class WandbRun:
         finally:
             self._end()
         if self.dropped:
-            self._warn(f"{self.dropped} calls were dropped; run.jsonl has them all")
+            self._warn(f"{self.dropped} calls were dropped; {_ALL}")
         self._tell_where(complete)
 
     def _put(self, call: str, **arguments: Any) -> None:
@@ -172,7 +173,9 @@ class WandbRun:
     def _tell_where(self, complete: bool) -> None:
         """One line for whoever started the run: where it is seen, or how it gets there."""
         self._reports.seek(0)
-        report = json.loads(self._reports.readline() or "{}")
+        report, end = (json.loads(self._reports.readline() or "{}") for _ in range(2))
+        if end.get("refused"):
+            self._warn(f"{end['refused']} calls were refused, the first by {end['first'][0]}; {_ALL}")
         self.unreachable = not complete or report.get("unreachable", False)
         if report.get("url"):
             print(f"W&B: {report['url']}", file=sys.stderr)

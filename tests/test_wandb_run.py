@@ -274,3 +274,15 @@ def test_wandb_switched_off_in_the_environment_is_off(
     assert messages == []
     assert run_files(tmp_path) == []
     assert capsys.readouterr().err == ""
+
+
+def test_a_call_that_wandb_refuses_costs_only_itself(tmp_path: Path) -> None:
+    with troubled() as messages, opened(tmp_path) as tracker:
+        tracker.table("broken", ["one", "two"], [[1]])
+        tracker.artifact(tmp_path / "nothing", "model", "policy")
+        tracker.table("long " * 100, ["one"], [[1]])
+        tracker.log({"loss": 1.0}, 1)
+    (message,) = messages
+    assert message.startswith("W&B: 2 calls were refused, the first by ")
+    (path,) = run_files(tmp_path)
+    assert RunFile(path).history[-1]["loss"] == 1.0
