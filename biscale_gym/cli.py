@@ -162,6 +162,30 @@ def train(
     return commands.train_from(config, parsed_overrides(set), out, conf_file, wandb, tensorboard)
 
 
+@app.command
+def sweep(
+    config: tyro.conf.Positional[str],
+    agent: int | None = None,
+    optuna: bool = False,
+    out: Path | None = None,
+    seed: int = 0,
+    project: str = _DEFAULT_PROJECT,
+) -> int:
+    """Search over the settings of training: at W&B with a login, else by Optuna on this machine.
+
+    Args:
+        config: A preset of configs/sweeps, or a YAML file in W&B's sweep format.
+        agent: Trials to run now; without it as many as the file's run_cap, or none at W&B.
+        optuna: Run the sweep by Optuna even with a W&B login.
+        out: Optuna's folder, where an interrupted sweep goes on; results/sweep/NAME without it.
+        seed: Seed of Optuna's proposals.
+        project: Project at W&B, where the file names none.
+    """
+    from biscale_gym.sweeps.commands import sweep_from
+
+    return sweep_from(config, agent, optuna, out, seed, project)
+
+
 @trace_app.command
 def fetch(name: tyro.conf.Positional[str], folder: Path = Path("data/traces"), base_url: str | None = None) -> int:
     """Download a published trace: licence shown, checksum checked, an interrupted download resumed.
