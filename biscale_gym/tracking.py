@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from biscale_gym.config import config_hash, nearest
 from biscale_gym.fingerprint import dirty_diff, fingerprint
-from biscale_gym.wandb_run import Limits, WandbRun, new_run_id
+from biscale_gym.wandb_run import Limits, WandbRun, new_run
 
 Kind = Literal["train", "evaluate", "compare", "sweep"]
 STEP = "global_step"
@@ -183,10 +183,11 @@ def open_tracker(
     except OSError as error:
         raise TrackingError(f"{folder}: cannot be written ({error.strerror or error})") from error
     if wandb is not None:
-        run_id = resume or new_run_id()
+        project, run_id = new_run(wandb)
+        run_id = resume or run_id
         start = {
             **about,
-            "project": wandb,
+            "project": project,
             "run_id": run_id,
             "offline": offline,
             "revision": provenance["git_revision"],

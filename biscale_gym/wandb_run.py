@@ -43,9 +43,12 @@ class Limits:
     """From the end of the run to the end of its W&B run."""
 
 
-def new_run_id() -> str:
-    """An id for a W&B run; under a W&B agent the one it has chosen."""
-    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+def new_run(project: str) -> tuple[str, str]:
+    """Project and id of a new W&B run; under a W&B agent those that it has chosen."""
+    run_id = secrets.token_hex(4)
+    if "WANDB_SWEEP_ID" not in os.environ:
+        return project, run_id
+    return os.environ.get("WANDB_PROJECT", project), os.environ.get("WANDB_RUN_ID", run_id)
 
 
 class WandbRun:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from biscale_gym.tracking import Tracker, open_tracker
-from biscale_gym.wandb_run import Limits, WandbRun
+from biscale_gym.wandb_run import Limits, WandbRun, new_run
 from tests.wandb_file import RunFile, run_files
 from tests.wandb_server import WandbServer
 
@@ -263,6 +263,16 @@ def test_with_a_key_and_a_server_the_history_arrives(
     said = capsys.readouterr().err
     assert f"{server.url}/somebody/testbed/runs/{tracker.run_id}" in said
     assert "wandb sync" not in said
+
+
+def test_under_an_agent_project_and_id_are_the_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "left over")
+    assert new_run("testbed")[0] == "testbed"
+    assert new_run("testbed")[1] != "left over"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "run0")
+    monkeypatch.setenv("WANDB_PROJECT", "the sweep's")
+    assert new_run("testbed") == ("the sweep's", "run0")
 
 
 def test_wandb_switched_off_in_the_environment_is_off(

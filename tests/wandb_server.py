@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import re
 import threading
 from types import TracebackType
 from typing import Any
+
+import yaml
 
 
 class WandbServer:
@@ -17,6 +20,9 @@ class WandbServer:
         self.lines: list[dict[str, Any]] = []
         self.operations: list[str] = []
         self.uploaded: list[str] = []
+        self.sweep: dict[str, Any] = {}
+        self.proposals: list[dict[str, Any]] = []
+        """What agents are to try, one after the other."""
         self._connections: list[Any] = []
         server = self
 
@@ -60,7 +66,8 @@ class WandbServer:
             return {}
         query = json.loads(body)
         variables = query.get("variables") or {}
-        self.operations.append(query.get("operationName", ""))
+        named = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
+        self.operations.append(named[1] if named else "")
         project = {"id": "p", "name": "testbed", "entity": {"id": "e", "name": "somebody"}}
         bucket = {
             "id": "b",
@@ -72,6 +79,8 @@ class WandbServer:
             "historyLineCount": 0,
             "project": project,
         }
+        if self.operations[-1] == "UpsertSweep":
+            self.sweep = yaml.safe_load(variables["config"])
         viewer = {"id": "v", "entity": "somebody", "username": "somebody", "email": "", "flags": "{}"}
         files = [{"name": name, "uploadUrl": f"{self.url}/uploads/{name}"} for name in variables.get("files") or []]
         return {
@@ -80,9 +89,22 @@ class WandbServer:
                 "serverInfo": {"features": [], "latestLocalVersionInfo": None, "cliVersionInfo": {}},
                 "model": {"bucket": None},
                 "upsertBucket": {"bucket": bucket, "inserted": True},
+                "upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []},
+                "project": {
+                    "sweep": {"id": "s", "name": "sweep1", "config": json.dumps(self.sweep), "runs": {"edges": []}}
+                },
+                "createAgent": {"agent": {"id": "a"}},
+                "agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(self._commands())},
                 "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files},
             }
         }
+
+    def _commands(self) -> list[dict[str, Any]]:
+        if self.operations[-1] != "Heartbeat" or not self.proposals:
+            return []
+        values = self.proposals.pop(0)
+        command = {"type": "run", "run_id": f"run{len(self.proposals)}", "program": self.sweep["program"]}
+        return [{**command, "args": {name: {"value": value} for name, value in values.items()}}]
 
     def end(self) -> None:
         """Closes the door, and the connections that are inside."""
