@@ -13,11 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _WIDTH_OF_FILES = 150
+
+_DEFAULT_PROJECT = "biscale-gym"
+Project = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[PROJECT]",
+        instance_from_str=lambda given: given[0] if given else _DEFAULT_PROJECT,
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: ["none" if value is None else value],
+    ),
+]
+"""A W&B project: an option without a value stands for the usual one."""
 
 app = tyro.extras.SubcommandApp()
 trace_app = tyro.extras.SubcommandApp()
@@ -36,6 +50,8 @@ def compare(
     json: str | None = None,
     workers: int = 2,
     plots: bool = True,
+    wandb: Project = None,
+    tensorboard: bool = False,
 ) -> int:
     """Run controllers against each other; print joules and SLO attainment side by side.
 
@@ -51,13 +67,18 @@ def compare(
         json: File for the rows as JSON; - prints them.
         workers: Processes.
         plots: Draw energy bars, latency distributions and timelines.
+        wandb: Record the comparison at Weights & Biases, in this project; offline without a key.
+        tensorboard: Record it in TensorBoard's event files.
     """
     from biscale_gym.config import parsed_overrides
     from biscale_gym.control.controllers import find_controller
     from biscale_gym.control.rollout import run
     from biscale_gym.evaluation import compare as comparing
     from biscale_gym.evaluation.matrix import jobs_of
+    from biscale_gym.evaluation.tracked import track
+    from biscale_gym.tracking import check_installed
 
+    check_installed(wandb, tensorboard)
     tables, messages = _consoles(json)
     jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split, parsed_overrides(set))
     for name in _names(controllers):
@@ -67,6 +88,8 @@ def compare(
     if comparison.result.records:
         messages.print(f"records, tables and plots: {out}", markup=False, highlight=False, soft_wrap=True)
         _write_json(json, comparing.rows_json(comparison.result.rows()))
+        if (wandb is not None or tensorboard) and not comparison.result.interrupted:
+            track(comparison, out, wandb, tensorboard)
     return comparison.exit_status
 
 
@@ -137,6 +160,30 @@ def train(
     from biscale_gym.training import commands
 
     return commands.train_from(config, parsed_overrides(sum(set, ())), out, conf_file, wandb, tensorboard)
+
+
+@app.command
+def sweep(
+    config: tyro.conf.Positional[str],
+    agent: int | None = None,
+    optuna: bool = False,
+    out: Path | None = None,
+    seed: int = 0,
+    project: str = _DEFAULT_PROJECT,
+) -> int:
+    """Search over the settings of training: at W&B with a login, else by Optuna on this machine.
+
+    Args:
+        config: A preset of configs/sweeps, or a YAML file in W&B's sweep format.
+        agent: Trials to run now; without it as many as the file's run_cap, or none at W&B.
+        optuna: Run the sweep by Optuna even with a W&B login.
+        out: Optuna's folder, where an interrupted sweep goes on; results/sweep/NAME without it.
+        seed: Seed of Optuna's proposals.
+        project: Project at W&B, where the file names none.
+    """
+    from biscale_gym.sweeps.commands import sweep_from
+
+    return sweep_from(config, agent, optuna, out, seed, project)
 
 
 @trace_app.command

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from biscale_gym.config import config_hash, nearest
 from biscale_gym.fingerprint import dirty_diff, fingerprint
-from biscale_gym.wandb_run import Limits, WandbRun, new_run_id
+from biscale_gym.wandb_run import Limits, WandbRun, new_run
 
 Kind = Literal["train", "evaluate", "compare", "sweep"]
 STEP = "global_step"
@@ -70,6 +70,8 @@ class Tracker:
         self.folder = folder
         self.run_id = run_id
         """Id of the W&B run, to resume it with; None without W&B."""
+        self.unreachable = False
+        """Whether W&B had a key but, at the end, no server that took the run; further runs had better be offline."""
         self._sinks = dict(sinks)
 
     def config(self, values: Mapping[str, Any]) -> None:
@@ -88,12 +90,17 @@ class Tracker:
 
     def figure(self, name: str, figure: Any, step: int | None = None) -> None:
         """Records a picture: the path of a PNG file, or a matplotlib figure, which is saved under ``figures/``."""
-        if not isinstance(figure, str | Path):
+        if isinstance(figure, str | Path):
+            path = Path(figure)
+        else:
             path = self.folder / "figures" / f"{_file_stem(name)}{'' if step is None else f'-{step}'}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
-            figure = path
-        self._each("figure", name, Path(figure), step)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path)
+            except OSError as error:
+                warnings.warn(f"{path}: cannot be written ({error.strerror or error})", stacklevel=2)
+                return
+        self._each("figure", name, path, step)
 
     def artifact(self, path: Path, kind: str, name: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Records a file or a folder (a model, records, an export) that stays as it is until the run ends."""
@@ -106,6 +113,7 @@ class Tracker:
     def close(self, exit_status: int = 0) -> None:
         """Ends every record; W&B has a limited time for what it has not sent. A second call does nothing."""
         self._each("close", exit_status)
+        self.unreachable |= any(sink.unreachable for sink in self._sinks.values() if isinstance(sink, WandbRun))
         self._sinks.clear()
 
     def __enter__(self) -> Tracker:
@@ -136,6 +144,7 @@ def open_tracker(
     tensorboard: bool = False,
     resume: str | None = None,
     limits: Limits | None = None,
+    offline: bool = False,
 ) -> Tracker:
     """Opens the records of a run in ``folder``: ``run.jsonl``, appended to, and what else is asked for.
 
@@ -151,13 +160,14 @@ def open_tracker(
         tensorboard: Also write event files to ``tensorboard/``.
         resume: ``run_id`` of the W&B run to go on with.
         limits: How long W&B may take, in place of the usual.
+        offline: Keep W&B off the network even if a key is configured.
 
     Raises:
         TrackingError: the folder cannot be written, wandb or tensorboard is not installed, or ``kind`` is none.
     """
     if kind not in get_args(Kind):
         raise TrackingError(f"no kind of run {kind!r}; {nearest(kind, list(get_args(Kind)))}")
-    _check_installed("wandb" if wandb is not None else None, "tensorboard" if tensorboard else None)
+    check_installed(wandb, tensorboard)
     about = {"kind": kind, "name": name, "group": group, "tags": list(tags)}
     provenance = {"command": sys.argv, **fingerprint(), **_versions()}
     diff = dirty_diff()
@@ -173,8 +183,17 @@ def open_tracker(
     except OSError as error:
         raise TrackingError(f"{folder}: cannot be written ({error.strerror or error})") from error
     if wandb is not None:
-        run_id = resume or new_run_id()
-        sinks["W&B"] = WandbRun(folder, about, wandb, run_id, folder / DIFF if diff else None, limits or Limits())
+        project, run_id = new_run(wandb)
+        run_id = resume or run_id
+        start = {
+            **about,
+            "project": project,
+            "run_id": run_id,
+            "offline": offline,
+            "revision": provenance["git_revision"],
+            "diff": str((folder / DIFF).resolve()) if diff else None,
+        }
+        sinks["W&B"] = WandbRun(folder, start, limits or Limits())
     lines.write("start", {**about, "wandb_project": wandb, "run_id": run_id})
     tracker = Tracker(folder, sinks, run_id)
     tracker._each("config", {"provenance": provenance})
@@ -271,9 +290,14 @@ class TensorBoard:
         self._writer.close()
 
 
-def _check_installed(*packages: str | None) -> None:
-    for package in packages:
-        if package is not None and importlib.util.find_spec(package) is None:
+def check_installed(wandb: str | None, tensorboard: bool) -> None:
+    """Whether what is asked for is there, without importing it.
+
+    Raises:
+        TrackingError: it is not; the message says how it gets there.
+    """
+    for package, asked in (("wandb", wandb is not None), ("tensorboard", tensorboard)):
+        if asked and importlib.util.find_spec(package) is None:
             raise TrackingError(f"--{package} needs {package}: pip install 'biscale-gym[train]'")
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 _PROCESS = Path(__file__).with_name("wandb_process.py")
 _SHORTEST_WAIT_S = 0.01
+_ALL = "run.jsonl has them all"
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,23 @@ class Limits:
     """From the end of the run to the end of its W&B run."""
 
 
-def new_run_id() -> str:
-    """An id for a W&B run; under a W&B agent the one it has chosen."""
-    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+def new_run(project: str) -> tuple[str, str]:
+    """Project and id of a new W&B run; under a W&B agent those that it has chosen."""
+    run_id = secrets.token_hex(4)
+    if "WANDB_SWEEP_ID" not in os.environ:
+        return project, run_id
+    return os.environ.get("WANDB_PROJECT", project), os.environ.get("WANDB_RUN_ID", run_id)
 
 
 class WandbRun:
     """One W&B run, fed from here and living elsewhere (``tracking.Sink``)."""
 
-    def __init__(
-        self, folder: Path, about: Mapping[str, Any], project: str, run_id: str, diff: Path | None, limits: Limits
-    ) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any], limits: Limits) -> None:
+        """Starts the process; ``about`` holds the arguments of ``wandb_process.Held.start`` that are not below."""
         self.dropped = 0
         """Calls that found the queue full, or the process gone."""
+        self.unreachable = False
+        """Whether, at the end, there was a key but no server that took the run."""
         self._limits = limits
         self._queue: queue.Queue[str | None] = queue.Queue(limits.queue_calls)
         self._gone = threading.Event()
@@ -72,16 +77,8 @@ class WandbRun:
             encoding="utf-8",
             start_new_session=True,
         )
-        start = {
-            "project": project,
-            "run_id": run_id,
-            "folder": str(folder.resolve()),
-            "diff": None if diff is None else str(diff.resolve()),
-            "watched_pid": os.getpid(),
-            "start_s": limits.start_s,
-            "finish_s": limits.finish_s,
-        }
-        self._put("start", **about, **start)
+        here = {"folder": str(folder.resolve()), "watched_pid": os.getpid()}
+        self._put("start", **about, **here, start_s=limits.start_s, finish_s=limits.finish_s)
         self._feeder = threading.Thread(target=self._feed, name="wandb-feeder", daemon=True)
         self._feeder.start()
 
@@ -120,17 +117,17 @@ class WandbRun:
         try:
             self._queue.put(_line("close", exit_status=exit_status), timeout=self._limits.finish_s)
             self._queue.put(None, timeout=_left(latest))
-            status = self._process.wait(_left(latest))
+            complete = self._process.wait(_left(latest)) == 0
+            if not complete:
+                self._warn_gone()
         except (queue.Full, subprocess.TimeoutExpired):
+            complete = False
             self._warn(f"not finished within {self._limits.finish_s:g} s; it was stopped")
-            status = 0
         finally:
             self._end()
-        if status != 0:
-            self._warn_gone()
         if self.dropped:
-            self._warn(f"{self.dropped} calls were dropped; run.jsonl has them all")
-        self._tell_upload()
+            self._warn(f"{self.dropped} calls were dropped; {_ALL}")
+        self._tell_where(complete)
 
     def _put(self, call: str, **arguments: Any) -> None:
         if self._gone.is_set():
@@ -176,15 +173,19 @@ class WandbRun:
             self._warned.add(about or message)
             warnings.warn(f"W&B: {message}", stacklevel=5)
 
-    def _tell_upload(self) -> None:
-        """One line for whoever started the run."""
+    def _tell_where(self, complete: bool) -> None:
+        """One line for whoever started the run: where it is seen, or how it gets there."""
         self._reports.seek(0)
-        for line in self._reports.read().splitlines():
-            report = json.loads(line)
-            if report.get("upload"):
-                print(f"W&B: upload this run with: wandb sync {shlex.quote(report['upload'])}", file=sys.stderr)
-            elif report.get("url"):
-                print(f"W&B: {report['url']}", file=sys.stderr)
+        report, end = (json.loads(self._reports.readline() or "{}") for _ in range(2))
+        if end.get("refused"):
+            self._warn(f"{end['refused']} calls were refused, the first by {end['first'][0]}; {_ALL}")
+        self.unreachable = not complete or report.get("unreachable", False)
+        if report.get("url"):
+            print(f"W&B: {report['url']}", file=sys.stderr)
+        if report.get("folder") and not (report.get("url") and complete):
+            why = f" is offline ({report['why']})" if report["why"] else ""
+            upload = f"wandb sync {shlex.quote(report['folder'])}"
+            print(f"W&B: the run{why or ' is not complete there'}; upload it with: {upload}", file=sys.stderr)
 
 
 def _line(call: str, **arguments: Any) -> str:

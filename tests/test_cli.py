@@ -7,6 +7,7 @@ import pytest
 
 from biscale_gym import cli
 from biscale_gym.control import rollout, simulate
+from biscale_gym.evaluation import tracked
 from biscale_gym.evaluation.records import RecordStore
 
 from evaluation import fakes  # isort: skip
@@ -20,7 +21,7 @@ ROW_KEYS = {
     *("scenario", "controller", "seed", "split", "record"),
     *("prefill_j_per_token", "decode_j_per_token", "gpus_used"),
 }
-COMMANDS = ["", "compare", "simulate", "validate", "trace", "trace fetch", "trace generate", "list"]
+COMMANDS = ["", "compare", "simulate", "validate", "trace", "trace fetch", "trace generate", "list", "sweep"]
 
 
 def call(*arguments: str | Path) -> int:
@@ -45,6 +46,29 @@ def _instant_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*command.split(), "--help") == 0
     assert "usage: biscale-gym" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ([], None),
+        (["--tensorboard"], (None, True)),
+        (["--wandb"], ("biscale-gym", False)),
+        (["--wandb", "x"], ("x", False)),
+    ],
+)
+def test_compare_is_tracked_where_asked(
+    asked: list[str],
+    given: tuple[str | None, bool] | None,
+    scenario: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    monkeypatch.setattr(tracked, "track", lambda comparison, out, *how: calls.append((len(comparison.summaries), *how)))
+    common = ["--scenario", scenario, "--controllers", "distserve,biscale", "--out", tmp_path / "out", "--no-plots"]
+    assert call("compare", *common, *asked) == 0
+    assert calls == ([] if given is None else [(2, *given)])
 
 
 def test_compare_writes_rows_tables_and_plots(

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = [
     "torch",
     "wandb",
+    "tensorboard",
+    "optuna",
     "matplotlib",
     "pandas",
     "pygame",

@@ -82,7 +82,7 @@ def write_plots(
     with drawing(folder):
         for scenario in dict.fromkeys(summary.scenario for summary in summaries):
             own = [summary for summary in summaries if summary.scenario == scenario]
-            stem = _short(scenario).replace(" ", "-").replace("/", "_")
+            stem = scenario_stem(scenario)
             if "energy" in kinds:
                 written += save(energy_bars(own), folder / f"{stem}-energy")
             if "latency" in kinds:
@@ -103,10 +103,18 @@ def write_plots(
                     timeline = {
                         name.removeprefix(prefix): values for name, values in first.items() if name.startswith(prefix)
                     }
-                    written += save(
-                        timelines(summary, timeline), folder / f"{stem}-{file_name(summary.controller)}-timeline"
-                    )
+                    written += save(timelines(summary, timeline), folder / timeline_stem(summary))
     return written
+
+
+def scenario_stem(scenario: str) -> str:
+    """How the names of a scenario's plots begin."""
+    return _short(scenario).replace(" ", "-").replace("/", "_")
+
+
+def timeline_stem(summary: Summary) -> str:
+    """Name of a controller's timeline, without its ending."""
+    return f"{scenario_stem(summary.scenario)}-{file_name(summary.controller)}-timeline"
 
 
 def file_name(controller: str) -> str:

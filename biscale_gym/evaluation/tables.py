@@ -78,7 +78,7 @@ def grids_markdown(grids: Iterable[Grid]) -> str:
 
 def csv_text(summaries: Sequence[Summary]) -> str:
     """One line per scenario and controller: each metric's mean and 95 % interval, pooled tails, ratios to DistServe."""
-    lines = [_flat(summary) for summary in summaries]
+    lines = [csv_row(summary) for summary in summaries]
     fields = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
@@ -87,7 +87,8 @@ def csv_text(summaries: Sequence[Summary]) -> str:
     return text.getvalue()
 
 
-def _flat(summary: Summary) -> dict[str, str | float | int]:
+def csv_row(summary: Summary) -> dict[str, str | float | int]:
+    """A summary as one flat row: see ``csv_text``."""
     flat: dict[str, str | float | int] = {
         "scenario": summary.scenario,
         "controller": summary.controller,
