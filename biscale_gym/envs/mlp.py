@@ -25,6 +25,7 @@ from biscale_gym.cluster.policy import POLICY_SIGNATURE
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.envs import layout
 from biscale_gym.envs.encoding import encode_decode, encode_prefill, encoder_params, grid_of
+from biscale_gym.profiles.kernels import decode_latency, iteration_latency
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float32]
@@ -41,7 +42,7 @@ ACTIVATION = 0
 EVERY = 1
 KV_HIGH = 2
 KV_LOW = 3
-TOP_WHEN_LATE = 4
+HEADROOM = 4
 HEAD = 5
 LAYERS = 6
 """How many layers; then inputs of the first, outputs of each, and each layer's weights [inputs, outputs] and biases."""
@@ -63,12 +64,14 @@ class Shield:
     Attributes:
         kv_high: KV utilisation above which a decode instance is held at the highest clock; None: no such guard.
         kv_low: utilisation below which it is released.
-        top_when_late: a prefill instance takes the highest clock while no clock keeps every waiting prompt in time.
+        headroom: the clock is raised to the first that is predicted to keep within this share of the SLO what is at
+            hand: a decode instance's next iteration, or, all run at one clock, a prefill instance's projected batches;
+            to the highest where none does. None: it is not.
     """
 
     kv_high: float | None = None
     kv_low: float = 0.0
-    top_when_late: bool = False
+    headroom: float | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class ClockMLP:
             self.decide_every,
             kv_high,
             self.shield.kv_low,
-            self.shield.top_when_late,
+            0.0 if self.shield.headroom is None else self.shield.headroom,
             HEADS.index(self.head),
             len(self.weights),
             self.weights[0].shape[0],
@@ -208,7 +211,7 @@ class ClockMLP:
             "shield": {
                 "kv_high": self.shield.kv_high,
                 "kv_low": self.shield.kv_low,
-                "top_when_late": self.shield.top_when_late,
+                "headroom": self.shield.headroom,
             },
             "sha256": hashlib.sha256(data).hexdigest(),
             "about": self.about,
@@ -347,20 +350,72 @@ def _kept(obs: Vector, memory: Vector, every: int) -> bool:
     return False
 
 
+@njit(cache=True, error_model="numpy")
+def _raised(params: Vector, clock: int, needed: int) -> int:
+    """The greater of a clock and of that at a position of the grid, which may be one past the last."""
+    grid, n = grid_of(params)
+    return max(clock, int(params[grid + min(needed, n - 1)]))
+
+
+@njit(cache=True, error_model="numpy")
+def _first_in_time(params: Vector, headroom: float, margins: NDArray[np.float32]) -> int:
+    """Position of the first clock whose margin leaves ``1 - headroom`` of the SLO; their count if none does."""
+    for position in range(margins.size):
+        if margins[position] >= 1.0 - headroom:
+            return position
+    return int(margins.size)
+
+
 @njit(POLICY_SIGNATURE, cache=True, error_model="numpy")
 def prefill_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     """The network's clock for a prefill instance."""
     grid, n = grid_of(params)
     head = grid + n
-    if _kept(obs, memory, int(params[head + EVERY])):
+    headroom = params[head + HEADROOM]
+    kept = _kept(obs, memory, int(params[head + EVERY]))
+    if kept and headroom == 0.0:
         return int(obs[f.TARGET])
     row = np.empty(int(params[head + LAYERS + 1]), np.float32)
     encode_prefill(obs, memory, params, model, row)
-    # The last entries are the margins, per clock: below 0, some waiting prompt is late.
-    if params[head + TOP_WHEN_LATE] > 0.0 and row[row.size - 1] < 0.0:
-        return int(params[grid + n - 1])
-    values = np.empty(2 * _widest(params, head))
-    return int(params[grid + _position(params, head, values, row)])
+    clock = int(obs[f.TARGET])
+    if not kept:
+        values = np.empty(2 * _widest(params, head))
+        clock = int(params[grid + _position(params, head, values, row)])
+    if headroom > 0.0 and int(obs[f.REASON]) != f.IDLE:
+        # The observation ends with a margin per clock.
+        clock = _raised(params, clock, _first_in_time(params, headroom, row[row.size - n :]))
+    return clock
+
+
+@njit(cache=True, error_model="numpy")
+def _guarded(obs: Vector, memory: Vector, high: float, low: float) -> bool:
+    """Whether KV memory has been above ``high`` since it was last below ``low``."""
+    used, capacity = obs[f.KV_TOKENS], obs[f.KV_CAPACITY_TOKENS]
+    if memory[KV_GUARDED] > 0.0:
+        if used < low * capacity:
+            memory[KV_GUARDED] = 0.0
+    elif used > high * capacity:
+        memory[KV_GUARDED] = 1.0
+    return bool(memory[KV_GUARDED] > 0.0)
+
+
+@njit(cache=True, error_model="numpy")
+def _first_within(obs: Vector, params: Vector, model: Vector, clock: int, limit_s: float) -> int:
+    """Grid position of the first clock from ``clock`` on whose next iteration is within ``limit_s``, or their count."""
+    grid, n = grid_of(params)
+    batch, kv_tokens = obs[f.BATCH], obs[f.BATCH_KV_TOKENS]
+    for position in range(n):
+        one = int(params[grid + position])
+        if one < clock:
+            continue
+        if obs[f.RECOMPUTE_TOKENS] > 0.0:
+            recompute = obs[f.RECOMPUTE_TOKENS]
+            lasts_s = iteration_latency(model, one, batch, kv_tokens, recompute, obs[f.RECOMPUTE_SUM_SQ])
+        else:
+            lasts_s = decode_latency(model, one, batch, kv_tokens)
+        if lasts_s <= limit_s:
+            return position
+    return n
 
 
 @njit(POLICY_SIGNATURE, cache=True, error_model="numpy")
@@ -368,18 +423,18 @@ def decode_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) -> 
     """The network's clock for a decode instance."""
     grid, n = grid_of(params)
     head = grid + n
-    used, capacity = obs[f.KV_TOKENS], obs[f.KV_CAPACITY_TOKENS]
-    if memory[KV_GUARDED] > 0.0:
-        if used < params[head + KV_LOW] * capacity:
-            memory[KV_GUARDED] = 0.0
-    elif used > params[head + KV_HIGH] * capacity:
-        memory[KV_GUARDED] = 1.0
+    idle = int(obs[f.REASON]) == f.IDLE
+    guarded = _guarded(obs, memory, params[head + KV_HIGH], params[head + KV_LOW])
     kept = _kept(obs, memory, int(params[head + EVERY]))
-    if memory[KV_GUARDED] > 0.0 and int(obs[f.REASON]) != f.IDLE:
+    if guarded and not idle:
         return int(params[grid + n - 1])
-    if kept:
-        return int(obs[f.TARGET])
-    row = np.empty(int(params[head + LAYERS + 1]), np.float32)
-    encode_decode(obs, memory, params, model, row)
-    values = np.empty(2 * _widest(params, head))
-    return int(params[grid + _position(params, head, values, row)])
+    clock = int(obs[f.TARGET])
+    if not kept:
+        row = np.empty(int(params[head + LAYERS + 1]), np.float32)
+        encode_decode(obs, memory, params, model, row)
+        values = np.empty(2 * _widest(params, head))
+        clock = int(params[grid + _position(params, head, values, row)])
+    if params[head + HEADROOM] > 0.0 and not idle:
+        limit_s = params[head + HEADROOM] * obs[f.SLO_S]
+        clock = _raised(params, clock, _first_within(obs, params, model, clock, limit_s))
+    return clock

@@ -171,7 +171,8 @@ def _reference(settings: TrainingSettings, scenario: str, name: str) -> Played:
         if settings.env_id in ENERGY:
             # Asked at the points that it wants: as good as it is in a comparison.
             prefill = settings.env_id == "BiScale/Prefill-v0"
-            envs = lanes(decision_points=agent.prefill_points if prefill else agent.decode_points)
+            points = agent.prefill_points if prefill else agent.decode_points
+            envs = lanes(decision_points=points, decide_every=1)
             agent = ControllerPolicy(name, envs)
     return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations))
 

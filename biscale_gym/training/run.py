@@ -32,6 +32,7 @@ from biscale_gym.training.constraint import Multiplier
 from biscale_gym.training.environments import LanesVecEnv, make_lanes
 from biscale_gym.training.errors import TrainingError
 from biscale_gym.training.evaluation import Evaluator, Score
+from biscale_gym.training.export import export_model
 from biscale_gym.training.models import load_model, save_model
 from biscale_gym.training.progress import RunProgress, described
 from biscale_gym.training.settings import TrainingSettings
@@ -39,8 +40,6 @@ from biscale_gym.training.warm_start import clone
 
 SETTINGS, RESULT = "settings.yaml", "result.json"
 CHECKPOINTS, BEST, FINAL = "checkpoints", "best", "final"
-Export = Callable[[BaseAlgorithm, TrainingSettings, Path], None]
-"""Called with a model, the run's settings and the model's folder (``best`` or ``final``), at the end of the run."""
 
 
 @dataclass
@@ -151,7 +150,6 @@ class Run:
         console: for messages and progress.
         wandb: project at Weights & Biases; None for none.
         tensorboard: also write event files.
-        export: see ``Export``.
     """
 
     def __init__(
@@ -161,12 +159,11 @@ class Run:
         console: Console,
         wandb: str | None = None,
         tensorboard: bool = False,
-        export: Export | None = None,
     ) -> None:
         self._settings = settings
         self._folder = folder
         self._console = console
-        self._wandb, self._tensorboard, self._export = wandb, tensorboard, export
+        self._wandb, self._tensorboard = wandb, tensorboard
         self._noted: list[int] = []
         self._early = False
         self._written_s = time.monotonic()
@@ -382,8 +379,8 @@ class Run:
         self._save(FINAL, final)
         result = Result(0, self.steps, self._rate(), final, best, state.best_at, self._early)
         for name, score in ((BEST, best), (FINAL, final)):
-            if self._export is not None:
-                self._export(load_model(self._folder / name), self._settings, self._folder / name)
+            made = {"step": self.steps if name == FINAL else state.best_at, "score": score.values()}
+            export_model(load_model(self._folder / name), self._settings, self._folder / name, made)
             self._tracker.artifact(self._folder / name, "model", name, {"step": self.steps, **score.figures()})
         self._tracker.summary({**summary(result), "best_at": state.best_at, "steps_per_s": result.steps_per_s})
         checkpoints.replace_file(self._folder / RESULT, asdict(result))
@@ -475,7 +472,6 @@ def train(
     console: Console | None = None,
     wandb: str | None = None,
     tensorboard: bool = False,
-    export: Export | None = None,
 ) -> Result:
     """Train in a folder that ``begin`` has claimed, from its last checkpoint on if it has one.
 
@@ -487,4 +483,4 @@ def train(
     if (folder / RESULT).exists():
         shown.print(f"{folder}: this run is done", markup=False, highlight=False, soft_wrap=True)
         return read_result(folder)
-    return Run(settings, folder, shown, wandb, tensorboard, export).run()
+    return Run(settings, folder, shown, wandb, tensorboard).run()

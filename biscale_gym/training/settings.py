@@ -127,6 +127,20 @@ class CurriculumSettings(Settings):
     over: Share = 0.5
 
 
+class ShieldSettings(Settings):
+    """What overrules an exported clock policy (``biscale_gym.envs.mlp.Shield``); training goes without.
+
+    Attributes:
+        kv_high: KV utilisation above which a decode instance is held at the highest clock; None: never.
+        kv_low: utilisation below which it is released.
+        headroom: share of the SLO within which clocks are raised to keep what is at hand; None: they are not.
+    """
+
+    kv_high: Share | None = None
+    kv_low: NonNegative = 0.0
+    headroom: Share | None = None
+
+
 class EarlyStopSettings(Settings):
     """When to give up.
 
@@ -161,6 +175,7 @@ class TrainingSettings(Settings):
         threads: of torch and of the lanes' compiled step. Another number may change torch's sums, and with them the
             weights; on small networks and a machine with other work more than one is slower.
         evaluation, constraint, warm_start, curriculum, early_stop: as their classes say; None: without.
+        shield: of the exported clock policy.
         checkpoint_every_s: seconds of wall time between checkpoints; 0: at every iteration.
     """
 
@@ -183,6 +198,7 @@ class TrainingSettings(Settings):
     warm_start: WarmStartSettings | None = None
     curriculum: CurriculumSettings | None = None
     early_stop: EarlyStopSettings | None = None
+    shield: ShieldSettings = ShieldSettings()
     checkpoint_every_s: NonNegative = 300.0
 
     @model_validator(mode="after")

@@ -1,0 +1,159 @@
+"""A trained model for use without torch: the compiled clock policy's files, and ONNX.
+
+No statistics of the training are needed: observations are scaled in the environment, by fixed and documented units.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from biscale_gym.config import config_hash
+from biscale_gym.control.scenario import load_scenario
+from biscale_gym.envs.mlp import Activation, ClockMLP, Head, Shield
+from biscale_gym.fingerprint import fingerprint
+from biscale_gym.training.settings import TrainingSettings
+
+POLICY, ONNX = "policy", "policy.onnx"
+PHASES = {"BiScale/Prefill-v0": "prefill", "BiScale/Decode-v0": "decode"}
+REWARD_WRAPPERS = ("SlackShaping", "CostConstrained", "EnergyPerRequest")
+"""Wrappers that change neither observations nor actions."""
+
+Layers = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Weights [inputs, outputs] and biases [outputs]."""
+
+
+def _linear(*modules: torch.nn.Module) -> Layers:
+    """The linear layers of some modules, in order."""
+    found = [one for module in modules for one in module.modules() if isinstance(one, torch.nn.Linear)]
+    return [(one.weight.detach().cpu().numpy().T.copy(), one.bias.detach().cpu().numpy().copy()) for one in found]
+
+
+def _averaged(layers: Layers, quantiles: int) -> Layers:
+    """A last layer that gives quantiles of every action's return, as one that gives their mean."""
+    weights, biases = layers[-1]
+    mean = weights.reshape(len(weights), quantiles, -1).mean(axis=1), biases.reshape(quantiles, -1).mean(axis=0)
+    return [*layers[:-1], mean]
+
+
+def network(model: BaseAlgorithm, algorithm: str) -> Layers | None:
+    """The layers from an observation to what the policy decides by; None for a policy with a state."""
+    policy: Any = model.policy
+    if algorithm in ("ppo", "maskable-ppo"):
+        return _linear(policy.mlp_extractor.policy_net, policy.action_net)
+    if algorithm == "qr-dqn":
+        return _averaged(_linear(policy.quantile_net.quantile_net), policy.quantile_net.n_quantiles)
+    if algorithm in ("sac", "tqc"):
+        return _linear(policy.actor.latent_pi, policy.actor.mu)
+    return None
+
+
+def clock_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[str, Any]) -> ClockMLP | None:
+    """A trained model as a compiled clock policy; None where it has no such form.
+
+    That is: a policy with a state, of more than one instance, or with other observations or actions than clocks.
+    """
+    phase, layers = PHASES.get(settings.env_id), network(model, settings.algorithm)
+    wrappers = [wrapper.name for wrapper in settings.wrappers]
+    continuous = "ContinuousClocks" in wrappers
+    if phase is None or layers is None or any(name not in (*REWARD_WRAPPERS, "ContinuousClocks") for name in wrappers):
+        return None
+    head: Head = "argmax"
+    if continuous:
+        head = "squashed" if settings.algorithm in ("sac", "tqc") else "clipped"
+    scenarios = [load_scenario(name, settings.env.get("overrides")) for name in settings.scenarios]
+    slos_s = [scenario.slo.ttft_s if phase == "prefill" else scenario.slo.tpot_s for scenario in scenarios]
+    activation: Activation = settings.activation
+    return ClockMLP(
+        phase=phase,  # type: ignore[arg-type]
+        clocks_mhz=tuple(scenarios[0].clocks_mhz),
+        slo_s=(min(slos_s), max(slos_s)),
+        weights=tuple(weights for weights, _ in layers),
+        biases=tuple(biases for _, biases in layers),
+        activation=activation,
+        head=head,
+        decision_points=tuple(settings.env.get("decision_points", ("boundary", "idle"))),
+        decide_every=int(settings.env.get("decide_every", 1)),
+        shield=Shield(**settings.shield.model_dump()),
+        about=about,
+    )
+
+
+def write_onnx(path: Path, layers: Layers, activation: Activation, space: spaces.Space[Any], head: Head) -> None:
+    """Write the network as ONNX: ``observation`` float32[N, size] to ``output``, and for one clock to ``action``.
+
+    ``action`` is int64[N], the index of the greatest output, or float32[N, 1] in [-1, 1] where clocks are continuous.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, constants = [], []
+    value = "observation"
+    for number, (weights, biases) in enumerate(layers):
+        constants += [
+            numpy_helper.from_array(np.ascontiguousarray(weights), f"weight{number}"),
+            numpy_helper.from_array(np.ascontiguousarray(biases), f"bias{number}"),
+        ]
+        last = number == len(layers) - 1
+        target = "output" if last else f"layer{number}"
+        nodes.append(helper.make_node("Gemm", [value, f"weight{number}", f"bias{number}"], [target]))
+        value = target
+        if not last:
+            nodes.append(helper.make_node("Relu" if activation == "relu" else "Tanh", [value], [f"{value}_active"]))
+            value = f"{value}_active"
+    size, width = layers[0][0].shape[0], layers[-1][0].shape[1]
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", width])]
+    if isinstance(space, spaces.Discrete):
+        nodes.append(helper.make_node("ArgMax", ["output"], ["action"], axis=1, keepdims=0))
+        outputs.append(helper.make_tensor_value_info("action", TensorProto.INT64, ["N"]))
+    elif isinstance(space, spaces.Box):
+        if head == "squashed":
+            nodes.append(helper.make_node("Tanh", ["output"], ["action"]))
+        else:
+            constants += [numpy_helper.from_array(np.array(end, np.float32), f"end{end:+.0f}") for end in (-1.0, 1.0)]
+            nodes.append(helper.make_node("Clip", ["output", "end-1", "end+1"], ["action"]))
+        outputs.append(helper.make_tensor_value_info("action", TensorProto.FLOAT, ["N", width]))
+    graph = helper.make_graph(
+        nodes,
+        "policy",
+        [helper.make_tensor_value_info("observation", TensorProto.FLOAT, ["N", size])],
+        outputs,
+        constants,
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(made)
+    path.write_bytes(made.SerializeToString())
+
+
+def export_model(model: BaseAlgorithm, settings: TrainingSettings, folder: Path, made: dict[str, Any]) -> list[str]:
+    """Write what forms the model has into its folder.
+
+    Args:
+        model: trained.
+        settings: of its run.
+        folder: of the model.
+        made: step, score and seed, for the description.
+
+    Returns:
+        The names written: ``policy.safetensors`` and ``policy.json`` (a clock policy for ``compare``), ``policy.onnx``.
+    """
+    layers = network(model, settings.algorithm)
+    if layers is None:
+        return []
+    names = [ONNX]
+    head: Head = "squashed" if settings.algorithm in ("sac", "tqc") else "clipped"
+    write_onnx(folder / ONNX, layers, settings.activation, model.action_space, head)
+    told = settings.model_dump(mode="json")
+    clocks = clock_model(
+        model, settings, {**made, "settings": told, "settings_hash": config_hash(told), "fingerprint": fingerprint()}
+    )
+    if clocks is not None:
+        clocks.save(folder / POLICY)
+        names += [f"{POLICY}.safetensors", f"{POLICY}.json"]
+    return names
