@@ -57,7 +57,8 @@ def compare(
 
     Args:
         scenario: Scenario presets or YAML files, comma-separated.
-        controllers: Controller names or module:Class, comma-separated.
+        controllers: Controller names or module:Class, comma-separated; settings follow in brackets, as in
+            learned[prefill=results/train/mine/best].
         seeds: How many seeds, counted from 0.
         trace: A recorded trace in place of the scenario's workload, at its native rate.
         rate: Mean arrivals per second to scale the workload to.
@@ -71,7 +72,7 @@ def compare(
         tensorboard: Record it in TensorBoard's event files.
     """
     from biscale_gym.config import parsed_overrides
-    from biscale_gym.control.controllers import find_controller
+    from biscale_gym.control.controllers import make_controller, split_names
     from biscale_gym.control.rollout import run
     from biscale_gym.evaluation import compare as comparing
     from biscale_gym.evaluation.matrix import jobs_of
@@ -80,9 +81,10 @@ def compare(
 
     check_installed(wandb, tensorboard)
     tables, messages = _consoles(json)
-    jobs = jobs_of(_names(scenario), _names(controllers), seeds, trace, rate, split, parsed_overrides(set))
-    for name in _names(controllers):
-        find_controller(name)
+    names = split_names(controllers)
+    jobs = jobs_of(_names(scenario), names, seeds, trace, rate, split, parsed_overrides(set))
+    for job in jobs[: len(names)]:
+        make_controller(job.controller, job.controller_settings)
     comparison = comparing.compare(jobs, out, workers, plots, run, messages)
     comparing.report(comparison, tables, messages, len(jobs))
     if comparison.result.records:

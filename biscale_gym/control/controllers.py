@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import ClusterError, PhasePolicy
-from biscale_gym.config import nearest
+from biscale_gym.config import nearest, parsed_overrides
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.profiles import Profile
 from biscale_gym.traces import Trace
@@ -99,6 +99,40 @@ class Controller(Protocol):
     def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
         """Clock policies of prefill and decode; None holds each instance's planned clock."""
         ...
+
+
+def parsed_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """A controller as command lines name it: ``NAME`` or ``NAME[KEY=VALUE,...]``, keys dotted, values read as YAML.
+
+    Returns:
+        The name, and the controller's keyword settings.
+
+    Raises:
+        ControllerError: the text is not of this form.
+    """
+    name, bracket, inside = text.partition("[")
+    if bracket and not inside.endswith("]"):
+        raise ControllerError(f"controller {text!r}: expected NAME[KEY=VALUE,...], the closing bracket last")
+    settings: dict[str, Any] = {}
+    for key, value in parsed_overrides([part for part in split_names(inside.removesuffix("]")) if part]).items():
+        *groups, last = key.split(".")
+        place = settings
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+    return name.strip(), settings
+
+
+def split_names(text: str) -> list[str]:
+    """The parts of a comma-separated list; commas within brackets part nothing."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "[") - (sign == "]")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts if part.strip()]
 
 
 def controller_names() -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from biscale_gym._version import __version__
 from biscale_gym.config import nearest, preset_names, presets_dir
@@ -21,7 +22,21 @@ from biscale_gym.control.controllers import ENTRY_POINTS
 from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.faults import EvaluationError
 
-_DECIDING = ("_jit.py", "config.py", "metrics.py", "traces", "profiles", "cluster", "planning", "control")
+_DECIDING = (
+    "_jit.py",
+    "config.py",
+    "metrics.py",
+    "traces",
+    "profiles",
+    "cluster",
+    "planning",
+    "control",
+    "envs/encoding.py",
+    "envs/layout.py",
+    "envs/mlp.py",
+)
+_CODE = ("*.py", "*.safetensors", "models/*.json")
+"""Of controllers: their sources, and the models that come with them."""
 
 
 def run_id(job: RunJob) -> str:
@@ -36,11 +51,25 @@ def run_id(job: RunJob) -> str:
             "scenario": _scenario_address(job.scenario),
             "trace": None if job.trace is None else file_digest(Path(job.trace)),
         },
-        "presets": _tree_digest((presets_dir(),), "*.yaml"),
+        "presets": _tree_digest((presets_dir(),), ("*.yaml",)),
         "code": _code_digest(job.controller),
+        "files": _files_named_in(job.controller_settings),
         "version": __version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files_named_in(settings: Any) -> dict[str, str]:
+    """Digests of the files and folders of files, such as models, that a controller's settings name by path."""
+    if isinstance(settings, dict):
+        return {key: value for one in settings.values() for key, value in _files_named_in(one).items()}
+    if not isinstance(settings, str) or "/" not in settings:
+        return {}
+    path = Path(settings)
+    near = (
+        path.parent.glob(f"{path.name}.*") if not path.exists() else path.rglob("policy.*") if path.is_dir() else [path]
+    )
+    return {str(found): file_digest(found) for found in sorted(near) if found.is_file()}
 
 
 def file_digest(path: Path) -> str:
@@ -84,21 +113,21 @@ def _code_digest(controller: str) -> str:
         if spec is not None and spec.origin is not None:
             origin = Path(spec.origin)
             roots.append(origin.parent if origin.name == "__init__.py" else origin)
-    return _tree_digest(tuple(roots), "*.py")
+    return _tree_digest(tuple(roots), _CODE)
 
 
 @cache
-def _tree_digest(roots: tuple[Path, ...], pattern: str) -> str:
+def _tree_digest(roots: tuple[Path, ...], patterns: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for name, content in _files(roots, pattern):
+    for name, content in _files(roots, patterns):
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def _files(roots: Iterable[Path], pattern: str) -> Iterable[tuple[str, bytes]]:
+def _files(roots: Iterable[Path], patterns: tuple[str, ...]) -> Iterable[tuple[str, bytes]]:
     for root in roots:
-        paths = sorted(root.rglob(pattern)) if root.is_dir() else [root]
+        paths = sorted(path for pattern in patterns for path in root.rglob(pattern)) if root.is_dir() else [root]
         for path in paths:
             if path.is_file():
                 yield path.relative_to(root.parent).as_posix(), path.read_bytes()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from biscale_gym.config import validate
+from biscale_gym.control.controllers import parsed_variant
 from biscale_gym.control.rollout import RunJob, RunOutcome
 from biscale_gym.evaluation.faults import EvaluationError, Fault
 from biscale_gym.evaluation.identity import run_id
@@ -46,6 +47,7 @@ def jobs_of(
 
     Raises:
         EvaluationError: a list is empty or names something twice, or there are no seeds.
+        ControllerError: a controller's settings are not written ``NAME[KEY=VALUE,...]``.
         ConfigError: a value is out of range.
     """
     for what, names in (("scenario", scenarios), ("controller", controllers)):
@@ -57,11 +59,16 @@ def jobs_of(
     if seeds < 1:
         raise EvaluationError(f"--seeds {seeds}: at least 1 is needed")
     common = {"trace": trace, "rate_rps": rate_rps, "split": split, "overrides": dict(overrides or {})}
+    variants = [parsed_variant(text) for text in controllers]
     return [
-        validate(RunJob, {**common, "scenario": scenario, "controller": controller, "seed": seed}, "compare")
+        validate(
+            RunJob,
+            {**common, "scenario": scenario, "controller": name, "controller_settings": own, "seed": seed},
+            "compare",
+        )
         for scenario in scenarios
         for seed in range(seeds)
-        for controller in controllers
+        for name, own in variants
     ]
 
 

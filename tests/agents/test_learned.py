@@ -1,0 +1,144 @@
+"""The learned controller: models by name and path, BiScale's parts in their place, and runs in a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.biscale import BiScale
+from agents.errors import AgentError
+from agents.learned import MODELS, Learned, find_model, shipped_models
+from biscale_gym.cluster.placement import PHASES
+from biscale_gym.config import ConfigError
+from biscale_gym.control.controllers import PlanContext
+from biscale_gym.control.rollout import RunJob, run
+from biscale_gym.control.scenario import load_scenario
+from biscale_gym.control.workload import requests_for
+from biscale_gym.envs import layout
+from biscale_gym.envs.mlp import ClockMLP, ModelError, load_model
+from biscale_gym.evaluation.identity import run_id
+
+QUICK = {"forecast": {"requests_per_probe": 400, "warmup_s": 2.0}}
+CLOCKS_MHZ = (930, 1410, 1830)
+"""Of the scenario smoke."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("biscale_gym.planning.table_cache.cache_root", lambda: tmp_path_factory.getbasetemp() / "tables")
+        yield
+
+
+def constant(phase: Any, position: int) -> ClockMLP:
+    """A network that always answers the same clock."""
+    size = layout.size(phase, len(CLOCKS_MHZ))
+    bias = np.zeros(len(CLOCKS_MHZ), np.float32)
+    bias[position] = 1.0
+    return ClockMLP(phase, CLOCKS_MHZ, (0.01, 1.0), (np.zeros((size, len(CLOCKS_MHZ)), np.float32),), (bias,))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, str]:
+    for phase in PHASES:
+        constant(phase, 2).save(tmp_path / phase)
+    return {phase: str(tmp_path / phase) for phase in PHASES}
+
+
+def played(seed: int = 0, **settings: Any) -> Any:
+    return run(RunJob(scenario="smoke", controller="agents.learned:Learned", controller_settings=settings, seed=seed))
+
+
+def test_the_shipped_models_are_whole_small_and_say_how_they_were_made() -> None:
+    assert shipped_models() == ["decode", "prefill"]
+    assert sum(path.stat().st_size for path in MODELS.iterdir()) < 1_000_000
+    for name in shipped_models():
+        model = load_model(MODELS / name)
+        assert model.phase == name
+        assert {"settings", "settings_hash", "fingerprint", "score"} <= set(model.about)
+
+
+def test_models_decide_the_clocks(models: dict[str, str]) -> None:
+    outcome = played(**models, load=QUICK)
+    clocks = outcome.timeline["clock_mhz"][100:]
+    assert np.nanmin(clocks) == np.nanmax(clocks) == 1830.0
+    slower = {phase: models[phase] for phase in PHASES}
+    constant("decode", 0).save(Path(slower["decode"]))
+    assert played(**slower, load=QUICK).row["decode_energy_j"] < outcome.row["decode_energy_j"]
+
+
+def test_biscale_in_every_part_is_biscale() -> None:
+    probes = {"requests_per_probe": 400, "warmup_s": 2.0, "rate_tolerance": 0.05}
+    mine = played(prefill="biscale", decode="biscale", placement="biscale", biscale={"tier1": probes})
+    theirs = run(RunJob(scenario="smoke", controller="biscale", controller_settings={"tier1": probes}))
+    figures = {name: value for name, value in theirs.row.items() if name != "controller"}
+    assert {name: mine.row[name] for name in figures} == pytest.approx(figures, nan_ok=True)
+    assert mine.action_digest == theirs.action_digest
+
+
+def test_its_placement_fits_the_clocks_that_run(models: dict[str, str]) -> None:
+    scenario = load_scenario("smoke")
+    profile = scenario.cluster.profile()
+    requests = requests_for(scenario, profile, "test", 0, None, None)
+    context = PlanContext(scenario, profile, requests.training, 60.0, clocks_mhz=(*CLOCKS_MHZ, 1980))
+    fast = Learned(**models, load=QUICK)
+    constant("decode", 0).save(Path(models["decode"]))
+    slow = Learned(**models, load=QUICK)
+    placements = [learned.plan(context) for learned in (fast, slow)]
+    decode = [sum(spec.gpus for spec in placement.of("decode")) for placement in placements]
+    assert decode[0] < decode[1]
+
+
+def test_an_overload_is_in_the_notes(models: dict[str, str]) -> None:
+    outcome = run(
+        RunJob(
+            scenario="smoke",
+            controller="agents.learned:Learned",
+            controller_settings={**models, "load": QUICK},
+            rate_rps=400.0,
+            overrides={"duration_s": 10.0, "window_s": 10.0, "warmup_s": 1.0},
+        )
+    )
+    assert "no placement carries 400.00 requests/s" in outcome.provenance["notes"][0]
+
+
+def test_a_changed_model_is_another_run(models: dict[str, str]) -> None:
+    job = RunJob(scenario="smoke", controller="learned", controller_settings=dict(models))
+    before = run_id(job)
+    assert run_id(job) == before
+    constant("prefill", 0).save(Path(models["prefill"]))
+    assert run_id(job) != before
+
+
+def test_a_training_runs_folder_is_found(tmp_path: Path) -> None:
+    constant("decode", 1).save(tmp_path / "best" / "policy")
+    assert find_model(str(tmp_path / "best"), "decode").phase == "decode"
+
+
+def test_what_cannot_be_used_is_refused_by_name(models: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="no shipped model 'prefil'"):
+        Learned(prefill="prefil")
+    with pytest.raises(AgentError, match="is a decode model, a prefill model is needed"):
+        Learned(prefill=models["decode"])
+    with pytest.raises(ModelError, match="no such file"):
+        Learned(prefill=str(tmp_path / "nowhere" / "policy"))
+    with pytest.raises(ConfigError, match="prefil"):
+        Learned(prefil="prefill")
+    with pytest.raises(ModelError, match=r"no 930 MHz"):
+        run(
+            RunJob(
+                scenario="smoke",
+                controller="agents.learned:Learned",
+                controller_settings={**models, "load": QUICK},
+                overrides={"clocks_mhz": [1110, 1410, 1830]},
+            )
+        )
+
+
+def test_biscales_own_settings_stay_its_own() -> None:
+    learned = Learned(prefill="biscale", decode="biscale", biscale={"decode": {"headroom": 0.8}})
+    assert learned.settings.biscale.decode.headroom == 0.8
+    assert BiScale().settings.decode.headroom == 0.95
