@@ -145,7 +145,7 @@ def train(
     set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = (),
     out: Path | None = None,
     conf_file: Path | None = None,
-    wandb: str | None = None,
+    wandb: Project = None,
     tensorboard: bool = False,
 ) -> int:
     """Train an agent, or go on with a run that was interrupted.
@@ -155,7 +155,7 @@ def train(
         set: Settings to replace, as KEY=VALUE (env.episode_s=60); may be given several times.
         out: Folder of the new run; results/train/NAME-SEED without it.
         conf_file: Hyper-parameters in RL Baselines3 Zoo's form, in place of those of the preset.
-        wandb: Project at Weights & Biases to record the run in.
+        wandb: Record the run at Weights & Biases, in this project; offline without a key.
         tensorboard: Also write TensorBoard's event files.
     """
     from biscale_gym.config import parsed_overrides

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""YAML 1.1 takes 1e-4 for text."""
 
 
 class ConfigError(ValueError):
@@ -143,7 +147,7 @@ def replaced(values: dict[str, Any], overrides: Mapping[str, Any], where: str) -
 
 
 def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` texts, as command lines give them, as overrides; values are read as YAML.
+    """``KEY=VALUE`` texts, as command lines give them, as overrides; values are read as YAML, and 1e-4 as a number.
 
     Raises:
         ConfigError: a text is not of this form.
@@ -154,7 +158,7 @@ def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, for instance cluster.precision=bf16")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = float(value) if _EXPONENT.fullmatch(value) else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: the value is no YAML") from error
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ def sweep_from(
 ) -> int:
     """Runs a sweep: at W&B with a login, else (or if asked) by Optuna on this machine.
 
+    Optuna's trials are W&B runs of one group where the file's command says ``--wandb``: offline ones without a login.
+
     Args:
         config: preset of ``configs/sweeps`` or YAML file.
         agent: trials to run now; None: as many as the file says, or none at W&B.
@@ -49,6 +52,9 @@ def sweep_from(
         return run_at_wandb(sweep, project, agent)
     if not optuna:
         print("no W&B login: Optuna runs the sweep here", file=sys.stderr)
+    tracked = project if "--wandb" in sweep.command else None
+    if tracked is not None:
+        os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
     folder = out if out is not None else RESULTS / sweep.name
     messages = Console(stderr=True)
 
@@ -56,7 +62,7 @@ def sweep_from(
         messages.print(message, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        found = run_study(sweep, find_function(function), folder, agent, seed, say)
+        found = run_study(sweep, find_function(function), folder, agent, seed, tracked, say)
     except KeyboardInterrupt:
         say("interrupted: the same command goes on")
         return 130

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-TrialFunction = Callable[[str, dict[str, Any], Path], Mapping[str, float]]
-"""(training preset, settings to replace, the trial's folder) to the figures of the run's summary.
+TrialFunction = Callable[[str, dict[str, Any], Path, str | None], Mapping[str, float]]
+"""(training preset, settings to replace, the trial's folder, W&B project) to the figures of the run's summary.
 
 It goes on with what it finds in the folder. ``KeyboardInterrupt`` ends the sweep and leaves the trial to be resumed.
 """
@@ -61,6 +61,7 @@ def run_study(
     out: Path,
     count: int | None = None,
     seed: int = 0,
+    project: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Trial]:
     """Runs trials until there are ``run_cap`` (or the whole grid), or ``count`` more; returns all, the best first.
@@ -81,7 +82,7 @@ def run_study(
             number, settings = _next(sweep, study, seed)
             folder = out / f"trial-{number:04d}"
             say(f"trial {number}: {' '.join(words(settings))}")
-            value = _run(sweep, function, settings, folder, study, number, say)
+            value = _run(sweep, function, settings, folder, project, study, number, say)
             failures = 0 if value is not None else failures + 1
             _write_table(sweep, study, out)
         if failures:
@@ -104,6 +105,7 @@ def _run(
     function: TrialFunction,
     settings: dict[str, Any],
     folder: Path,
+    project: str | None,
     study: optuna.Study,
     number: int,
     say: Callable[[str], None],
@@ -112,7 +114,7 @@ def _run(
     from optuna.trial import TrialState
 
     try:
-        figures = {name: float(value) for name, value in function(sweep.preset, settings, folder).items()}
+        figures = {name: float(value) for name, value in function(sweep.preset, settings, folder, project).items()}
         if sweep.metric.name not in figures:
             raise SweepError(
                 f"no figure {sweep.metric.name!r} to optimise; {nearest(sweep.metric.name, list(figures))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def train_from(
     Args:
         config: preset, YAML file, or a run's folder.
         overrides: dotted setting to value.
-        out: the new run's folder; None: named by preset and seed.
+        out: the new run's folder; None: named by preset and seed, or by the run's id under a W&B agent.
         conf_file: hyper-parameters in RL Baselines3 Zoo's form.
         wandb: project at Weights & Biases.
         tensorboard: also write event files.
@@ -47,12 +48,12 @@ def train_from(
         if overrides:
             values = replaced(settings.model_dump(mode="json"), overrides, f"training preset {config!r}")
             settings = validate(TrainingSettings, values, f"training preset {config!r} with --set")
-        folder = out if out is not None else RESULTS / f"{Path(config).stem}-{settings.seed}"
+        folder = out if out is not None else RESULTS / f"{Path(config).stem}-{_agents_run() or settings.seed}"
         begin(settings, folder)
     return train(settings, folder, Console(stderr=True), wandb, tensorboard).status
 
 
-def trial(config: str, overrides: dict[str, Any], folder: Path) -> dict[str, float]:
+def trial(config: str, overrides: dict[str, Any], folder: Path, wandb: str | None = None) -> dict[str, float]:
     """One trial of a search: a run in ``folder``, or what is left of it there, to its end; returns its summary.
 
     Raises:
@@ -66,7 +67,12 @@ def trial(config: str, overrides: dict[str, Any], folder: Path) -> dict[str, flo
         values = replaced(chosen.model_dump(mode="json"), overrides, f"training preset {config!r}")
         settings = validate(TrainingSettings, values, f"training preset {config!r} with a trial's settings")
         begin(settings, folder)
-    result = train(settings, folder, Console(stderr=True))
+    result = train(settings, folder, Console(stderr=True), wandb)
     if result.status != 0:
         raise KeyboardInterrupt
     return summary(result)
+
+
+def _agents_run() -> str | None:
+    """The run's id under a W&B agent: its trials differ by more than their seed."""
+    return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None

@@ -21,7 +21,8 @@ SWEEP = {
 CALLS: list[str] = []
 
 
-def trial(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+def trial(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
+    assert project == "testbed"
     CALLS.append(folder.name)
     if settings["hyperparameters.learning_rate"] == "interrupt":
         raise KeyboardInterrupt
@@ -31,6 +32,7 @@ def trial(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, f
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "some")
     CALLS.clear()
     path = tmp_path / "some.yaml"
     path.write_text(yaml.safe_dump(SWEEP))

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from biscale_gym.config import ConfigError, preset_names, validate
+from biscale_gym.config import ConfigError, load_preset, preset_names, replaced, validate
 from biscale_gym.sweeps.settings import Parameter, SweepSettings, load_sweep
+from biscale_gym.training.settings import TrainingSettings
 
 SWEEP: dict[str, Any] = {
     "name": "some",
@@ -20,8 +21,14 @@ def test_presets(name: str) -> None:
     sweep = load_sweep(name)
     assert sweep.name == name
     assert sweep.description
-    assert sweep.preset in preset_names("training") or not preset_names("training")
     assert sweep.run_cap or sweep.grid_size
+    for end in (0, -1):
+        settings = {
+            key: (parameter.min, parameter.max)[end] if parameter.choices is None else parameter.choices[end]
+            for key, parameter in sweep.parameters.items()
+        }
+        preset = load_preset(TrainingSettings, "training", sweep.preset)
+        validate(TrainingSettings, replaced(preset.model_dump(mode="json"), settings, sweep.preset), sweep.preset)
 
 
 @pytest.mark.parametrize(

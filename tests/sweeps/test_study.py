@@ -34,7 +34,7 @@ def sweep(parameters: Mapping[str, Any] = RANGES, **changes: Any) -> SweepSettin
     return validate(SweepSettings, values, "sweep.yaml")
 
 
-def bowl(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+def bowl(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
     """Least at a learning rate of 0.01 with the small network."""
     assert preset == "smoke"
     rate = abs(settings["hyperparameters.learning_rate"] - 0.01)
@@ -67,7 +67,7 @@ def test_trials_are_ranked_and_tabled(tmp_path: Path) -> None:
 ONE_RANGE = {"hyperparameters.learning_rate": RANGES["hyperparameters.learning_rate"]}
 
 
-def decades_off(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+def decades_off(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
     return {"best/objective": abs(math.log10(settings["hyperparameters.learning_rate"]) + 2.0)}
 
 
@@ -86,11 +86,11 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(
 ) -> None:
     seen: list[tuple[dict[str, Any], Path]] = []
 
-    def interrupted(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+    def interrupted(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
         seen.append((settings, folder))
         if len(seen) == 11:
             raise KeyboardInterrupt
-        return decades_off(preset, settings, folder)
+        return decades_off(preset, settings, folder, project)
 
     with pytest.raises(KeyboardInterrupt):
         run_study(sweep(ONE_RANGE, run_cap=12), interrupted, tmp_path, say=silent)
@@ -113,7 +113,7 @@ def test_a_grid_is_run_once_through(tmp_path: Path) -> None:
     grid = sweep(parameters, method="grid")
     seen = []
 
-    def note(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+    def note(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
         seen.append((settings["seed"], settings["net_arch"]))
         return {"best/objective": float(len(seen))}
 
@@ -131,7 +131,7 @@ def test_a_goal_may_be_to_maximise(tmp_path: Path) -> None:
 def test_a_failed_trial_is_left_behind_but_not_three_in_a_row(tmp_path: Path) -> None:
     calls = []
 
-    def sometimes(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+    def sometimes(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
         calls.append(1)
         if len(calls) == 2:
             raise ZeroDivisionError("a bug")
@@ -143,7 +143,7 @@ def test_a_failed_trial_is_left_behind_but_not_three_in_a_row(tmp_path: Path) ->
     assert "trial 1 failed: ZeroDivisionError: a bug" in messages
     assert "trial 2 failed: best/objective is nan" in messages
 
-    def never(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+    def never(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(SweepError, match="3 trials in a row failed"):
@@ -151,7 +151,7 @@ def test_a_failed_trial_is_left_behind_but_not_three_in_a_row(tmp_path: Path) ->
 
 
 def test_a_fault_of_the_input_ends_the_sweep(tmp_path: Path) -> None:
-    def refuse(preset: str, settings: dict[str, Any], folder: Path) -> Mapping[str, float]:
+    def refuse(preset: str, settings: dict[str, Any], folder: Path, project: str | None) -> Mapping[str, float]:
         raise ConfigError("unknown key; did you mean 'lanes'?")
 
     with pytest.raises(ConfigError, match="did you mean 'lanes'"):

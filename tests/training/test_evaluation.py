@@ -54,13 +54,12 @@ def test_a_policy_keeps_the_slo_where_it_does_in_every_scenario(tiny: Make) -> N
 
 
 def test_ranks() -> None:
-    def rank(keeps: bool, energy: float, attainment: float) -> tuple[bool, float]:
-        from biscale_gym.training.evaluation import Score
+    from biscale_gym.training.evaluation import Score
 
-        return Score(keeps, energy, {}, attainment, 0.0, {}).rank
-
-    ordered = [(False, 0.1, 0.5), (False, 0.9, 0.98), (True, 1.5, 0.99), (True, 0.9, 0.991)]
-    assert sorted(ordered, key=lambda one: rank(*one)) == ordered
+    figures = [(False, 0.1, 0.5), (False, 0.9, 0.98), (True, 1.5, 0.99), (True, 0.9, 0.991)]
+    ordered = [Score(keeps, energy, {}, attainment, 0.0, {}) for keeps, energy, attainment in figures]
+    assert sorted(ordered, key=lambda score: score.rank) == ordered
+    assert sorted(ordered, key=lambda score: -score.objective) == ordered
 
 
 @pytest.mark.parametrize(

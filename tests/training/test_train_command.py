@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -88,3 +89,47 @@ def test_the_smoke_preset_is_small() -> None:
     settings = load_preset(TrainingSettings, "training", "smoke")
     assert settings.total_steps <= 250_000
     assert settings.evaluation.references[-1] == "biscale"
+
+
+def test_a_sweep_by_optuna_trains_its_trials(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep = {
+        "name": "two rates",
+        "command": ["${program}", "train", str(config), "--set", "${args_no_hyphens}"],
+        "method": "grid",
+        "metric": {"name": "best/objective"},
+        "parameters": {
+            "hyperparameters.learning_rate": {"values": [1e-5, 1e-3]},
+            "total_steps": {"value": 256},
+            "net_arch": {"values": [[8, 8]]},
+        },
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
+    with pytest.raises(SystemExit) as left:
+        cli.main(["sweep", "sweep.yaml", "--out", "out"])
+    assert not left.value.code
+    assert "every trial: out/trials.csv" in capsys.readouterr().out
+    settings, folder = load_settings("out/trial-0001")
+    assert folder is not None
+    assert settings.hyperparameters["learning_rate"] == 1e-3
+    assert settings.net_arch == (8, 8)
+    best = read_result(folder).best
+    assert best is not None
+    assert json.loads((folder / "trial.json").read_text())["best/objective"] == best.objective
+    assert trial("no longer looked at", {}, folder, None)["best/objective"] == best.objective
+
+
+def test_runs_of_wandbs_agents_have_folders_of_their_own(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "run0")
+    assert status_of(str(config), "--set", "total_steps=128", "hyperparameters.learning_rate=1e-05") == 0
+    settings, _ = load_settings("results/train/tiny-run0")
+    assert settings.hyperparameters["learning_rate"] == 1e-5
+    logged = [json.loads(line) for line in Path("results/train/tiny-run0/run.jsonl").read_text().splitlines()]
+    assert any("best/objective" in line.get("metrics", {}) for line in logged)
