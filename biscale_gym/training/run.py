@@ -382,6 +382,13 @@ class Run:
             made = {"step": self.steps if name == FINAL else state.best_at, "score": score.values()}
             export_model(load_model(self._folder / name), self._settings, self._folder / name, made)
             self._tracker.artifact(self._folder / name, "model", name, {"step": self.steps, **score.figures()})
+        columns = list(next(iter(best.scenarios.values())))
+        rows = [
+            [name, scenario, *(figures[column] for column in columns)]
+            for name, score in ((BEST, best), (FINAL, final))
+            for scenario, figures in score.scenarios.items()
+        ]
+        self._tracker.table("scenarios", ["model", "scenario", *columns], rows, self.steps)
         self._tracker.summary({**summary(result), "best_at": state.best_at, "steps_per_s": result.steps_per_s})
         checkpoints.replace_file(self._folder / RESULT, asdict(result))
         self._progress.say(f"best (step {state.best_at:,}): {described(best)}; models: {self._folder}")
