@@ -17,6 +17,8 @@ from biscale_gym.training.commands import trial
 from biscale_gym.training.run import load_settings, read_result
 from biscale_gym.training.settings import TrainingSettings
 
+from wandb_file import RunFile, run_files  # isort: skip
+
 Make = Callable[..., TrainingSettings]
 
 
@@ -120,6 +122,24 @@ def test_a_sweep_by_optuna_trains_its_trials(
     assert best is not None
     assert json.loads((folder / "trial.json").read_text())["best/objective"] == best.objective
     assert trial("no longer looked at", {}, folder, None)["best/objective"] == best.objective
+
+
+def test_a_wandb_run_of_a_training_reads_back(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert status_of(str(config), "--out", "out", "--wandb", "testbed") == 0
+    (path,) = run_files(Path("out"))
+    run = RunFile(path)
+    assert (run.run.project, run.run.job_type, run.exit_status) == ("testbed", "train", 0)
+    assert run.config["env_id"] == "BiScale/Prefill-v0"
+    for group in ("train/", "validation/", "best/"):
+        steps = [row["global_step"] for row in run.history if any(name.startswith(group) for name in row)]
+        assert steps == sorted(steps)
+        assert set(steps) <= {128 * iteration for iteration in range(1, 5)}
+        assert steps
+    assert run.summary["best/objective"] == read_result(Path("out")).best.objective  # type: ignore[union-attr]
+    assert [row["scenarios.nrows"] for row in run.history if "scenarios.nrows" in row] == [2]
+    assert {(one.name, one.type) for one in run.artifacts} >= {("best", "model"), ("final", "model")}
 
 
 def test_runs_of_wandbs_agents_have_folders_of_their_own(
