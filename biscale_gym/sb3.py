@@ -14,7 +14,7 @@ This is the only module that imports SB3, and with it torch (extra ``train``).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -52,17 +52,27 @@ class GymnasiumVecEnv(VecEnv):
         envs: a native vector environment, or Gymnasium's SyncVectorEnv; ended lanes are reset within the same step.
         step_infos: whether the infos of other steps hold their terms, too. They are empty otherwise: making the
             dictionaries takes longer than stepping the lanes.
+        keep_infos: whether Gymnasium's own infos of the last step, an array per term, stay in ``infos``.
     """
 
-    def __init__(self, envs: gymnasium.vector.VectorEnv[Any, Any, Any], step_infos: bool = False) -> None:
+    def __init__(
+        self,
+        envs: gymnasium.vector.VectorEnv[Any, Any, Any],
+        step_infos: bool = False,
+        keep_infos: bool = False,
+    ) -> None:
         self.envs = envs
         self.step_infos = step_infos
+        self.keep_infos = keep_infos
         self.spec = envs.spec
         self.infos: dict[str, Any] = {}
-        """Gymnasium's own infos of the last step, an array per term; an ended lane's may be of its new episode."""
+        """With ``keep_infos``; an ended lane's may be of its new episode."""
         self._actions: NDArray[Any] | None = None
         # What a native step tells of every lane; others tell of each lane what they like.
         self._terms = tuple(envs.setting.term_columns) if isinstance(envs, NativeVectorEnv) else ()
+        self._step: Callable[[Any], Any] = envs.step
+        if isinstance(envs, NativeVectorEnv) and not (step_infos or keep_infos):
+            self._step = envs.step_quietly
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> VecEnvObs:
@@ -99,13 +109,16 @@ class GymnasiumVecEnv(VecEnv):
         Returns:
             float32[N, size], float32[N], bool[N], N infos.
         """
-        obs, rewards, _, ended, infos = self.envs.step(self._actions)
-        self.infos = infos
-        told: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        obs, rewards, _, ended, infos = self._step(self._actions)
+        if self.keep_infos:
+            self.infos = infos
         if self.step_infos:
             told = [lane_info(infos, lane) for lane in range(self.num_envs)]
-        for lane in np.flatnonzero(ended):
-            told[lane] = self._terminal(lane_info(infos, int(lane)), int(lane))
+        else:
+            told = [{} for _ in range(self.num_envs)]
+        if infos:
+            for lane in np.flatnonzero(ended):
+                told[lane] = self._terminal(lane_info(infos, int(lane)), int(lane))
         return obs, rewards.astype(np.float32), ended, told
 
     def _terminal(self, told: dict[str, Any], lane: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from biscale_gym._jit import compiled, inlined
+from biscale_gym.cluster.prefetch import prefetch_request
 from biscale_gym.cluster.primitives import delivery_entity, log_event, mark_dirty, set_event
 from biscale_gym.cluster.routing import route
 from biscale_gym.cluster.state import (
@@ -361,6 +362,8 @@ def form_decode_batch(st: State, i: int) -> bool:
             _preempt_last(st, i)
     if inst.run_n == 0:
         return False
+    # The next to finish joined seconds ago; mostly at this iteration's end its record is read again.
+    prefetch_request(st, inst.run_first & _LOW_HALF)
     inst.iter_batch = inst.run_n - inst.recompute_n
     inst.iter_kv = inst.run_kv - inst.recompute_tokens
     inst.iter_tokens = inst.recompute_tokens

@@ -44,6 +44,7 @@ from biscale_gym.cluster.state import (
     COMPILED,
     DECODE,
     DRAINING,
+    EXPECTED,
     EXTERNAL,
     GONE,
     HOLD,
@@ -65,6 +66,22 @@ BAD_ANSWER = 3
 
 NO_ANSWER = -1
 _NOTHING = -1
+
+
+@compiled
+def fill_requests(req: Any, arrival_s: Any, prompt_tokens: Any, output_tokens: Any) -> None:
+    """Write the trace's requests, that nothing has happened to, into REQUEST[R]: every field of every record."""
+    for r in range(len(req)):
+        one = req[r]
+        one.arrival_s = arrival_s[r]
+        one.prefill_start_s = one.first_token_s = one.delivered_s = one.finish_s = np.nan
+        one.prompt = prompt_tokens[r]
+        one.output = output_tokens[r]
+        one.next = one.prev = -1
+        one.generated = one.done = one.join_iteration = 0
+        one.prefill_instance = one.decode_instance = -1
+        one.preemptions = 0
+        one.status = EXPECTED
 
 
 @compiled

@@ -11,6 +11,7 @@ either is replaced.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -49,10 +50,15 @@ def policy_addresses(function: Any) -> tuple[int, int]:
         TypeError: not compiled for ``policy.POLICY_SIGNATURE``.
     """
     try:
-        compiled = function.get_compile_result(POLICY_SIGNATURE)
-        library, description = compiled.library, compiled.fndesc
-    except (AttributeError, NumbaError) as error:
+        return _addresses(function)
+    except (AttributeError, NumbaError, TypeError) as error:
         raise TypeError(f"{function!r} is not compiled for the signature of clock policies") from error
+
+
+@lru_cache(maxsize=64)
+def _addresses(function: Any) -> tuple[int, int]:
+    compiled = function.get_compile_result(POLICY_SIGNATURE)
+    library, description = compiled.library, compiled.fndesc
     return (
         library.get_pointer_to_function(description.llvm_cfunc_wrapper_name),
         library.get_pointer_to_function(description.llvm_func_name),
@@ -68,7 +74,7 @@ def handle_of(state: State, prefill_policy: Any, decode_policy: Any) -> Handle:
     words: list[int] = []
     arrays: tuple[npt.NDArray[Any], ...] = state
     for array in arrays:
-        words += [array.ctypes.data, *array.shape]
+        words += [array.__array_interface__["data"][0], *array.shape]
     words += [*policy_addresses(prefill_policy), *policy_addresses(decode_policy)]
     return np.array(words, dtype=np.int64)
 

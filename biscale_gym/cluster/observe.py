@@ -111,12 +111,13 @@ def observe(st: State, i: int, reason: int) -> None:
         obs[f.QUEUE_REQUESTS] = inst.queue_n
         obs[f.QUEUE_TOKENS] = inst.queue_tokens
         obs[f.WORK_LEFT] = 1.0
+        filled = int(obs[f.BATCHES])  # by the last observation; beyond them are zeros
         obs[f.BATCHES] = 0.0
         if inst.running:
             obs[f.WORK_LEFT] = max(0.0, inst.work_left - (g.now_s - inst.segment_start_s) / inst.full_duration_s)
         if reason != f.IDLE:
             _project_batches(st, i, obs)
-        for j in range(int(obs[f.BATCHES]), f.HORIZON):
+        for j in range(int(obs[f.BATCHES]), filled):
             _put_batch(obs, j, 0.0, 0.0, 0.0)
     else:
         obs[f.SLO_S] = g.tpot_slo_s

@@ -38,10 +38,10 @@ from biscale_gym.cluster.state import (
     HOLD,
     LOADING,
     PREFILL,
+    REQUEST,
     ROUTERS,
     State,
     copy_state,
-    empty_requests,
     empty_state,
     restore_state,
 )
@@ -189,8 +189,7 @@ class Simulator:
     # -- building ------------------------------------------------------------------------------------------------------
 
     def _fill_requests(self, trace: Trace) -> None:
-        req = self.state.req
-        req["arrival_s"], req["prompt"], req["output"] = trace.arrival_s, trace.prompt_tokens, trace.output_tokens
+        engine.fill_requests(self.state.req, trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
 
     def _fill_seeds(self, seed: int | np.random.SeedSequence) -> None:
         if not isinstance(seed, np.random.SeedSequence) and seed < 0:
@@ -362,7 +361,7 @@ class Simulator:
         twin = copy.copy(self)
         models, predicted, nothing = self.state.models, self.state.predicted, np.zeros(0)
         bare = self.state._replace(req=self.state.req[:0], models=nothing, predicted=nothing)
-        twin.state = copy_state(bare)._replace(req=empty_requests(len(trace)), models=models, predicted=predicted)
+        twin.state = copy_state(bare)._replace(req=np.empty(len(trace), REQUEST), models=models, predicted=predicted)
         twin.state.glob["requests"] = len(trace)
         twin._lanes = dict(self._lanes)
         twin._model_spans, twin._predicted_spans = dict(self._model_spans), dict(self._predicted_spans)

@@ -89,51 +89,69 @@ EVENTS = (
 
 _i, _f = np.int64, np.float64
 
+# As in INSTANCE below, fields that are used together lie together.
 GLOBAL = np.dtype(
     [
         ("now_s", _f),
         ("next_arrival", _i),
         ("requests", _i),
-        ("instances", _i),
-        ("nodes", _i),
         # position of the entities in the event tree
+        ("nodes", _i),
         ("capacity", _i),
         ("leaves", _i),
-        # batching
-        ("prefill_token_budget", _i),
-        ("chunked_prefill", _i),
-        ("max_decode_sequences", _i),
-        ("full_admission", _i),
-        ("preempt", _i),
-        ("extra_decode_iteration", _i),
-        ("arrivals_at_decode", _i),
-        ("prefill_only", _i),
-        # routing, by phase
-        ("router_prefill", _i),
-        ("router_decode", _i),
-        ("decode_load_counts_running", _i),
-        ("route_n_prefill", _i),
-        ("route_n_decode", _i),
+        # instances to wake in this instant
+        ("dirty_n", _i),
+        ("dirty_next", _i),
+        # a decision that the caller must answer
+        ("pending_instance", _i),
+        ("pending_reason", _i),
+        ("log_n", _i),
+        # counts
+        ("arrived", _i),
+        ("finished", _i),
+        ("rejected", _i),
+        ("decisions", _i),
+        # running digest of every clock that was asked for
+        ("digest", np.uint64),
         # policies, by phase
         ("mode_prefill", _i),
         ("mode_decode", _i),
         ("ask_on_arrival", _i),
-        ("ask_on_overrun_prefill", _i),
-        ("ask_on_overrun_decode", _i),
         ("ask_on_idle_prefill", _i),
         ("ask_on_idle_decode", _i),
         ("observe_slack", _i),
         ("ttft_slo_s", _f),
         ("tpot_slo_s", _f),
-        ("overrun_margin", _f),
         ("prediction_is_exact", _i),
         ("clocks", _i),
+        # batching
+        ("prefill_token_budget", _i),
+        ("chunked_prefill", _i),
+        ("full_admission", _i),
+        ("preempt", _i),
+        ("prefill_only", _i),
+        ("extra_decode_iteration", _i),
         # clock switching
         ("switch_median_s", _f),
         ("switch_sigma", _f),
         ("settle_s", _f),
         ("rng_switching", np.uint64),
+        # the greatest KV capacity of the placement, by phase
+        ("largest_prefill_kv", _i),
+        ("largest_decode_kv", _i),
+        ("arrivals_at_decode", _i),
+        ("max_decode_sequences", _i),
+        # routing, by phase
+        ("router_prefill", _i),
+        ("router_decode", _i),
+        ("route_n_prefill", _i),
+        ("route_n_decode", _i),
+        ("decode_load_counts_running", _i),
         ("rng_routing", np.uint64),
+        ("instances", _i),
+        ("ask_on_overrun_prefill", _i),
+        ("ask_on_overrun_decode", _i),
+        ("overrun_margin", _f),
         # KV transfer
         ("transfer_latency_s", _f),
         ("kv_bytes_per_token", _f),
@@ -144,85 +162,59 @@ GLOBAL = np.dtype(
         ("pending_prefill_tail", _i),
         ("pending_decode_head", _i),
         ("pending_decode_tail", _i),
-        # instances to wake in this instant
-        ("dirty_n", _i),
-        ("dirty_next", _i),
-        # the greatest KV capacity of the placement, by phase
-        ("largest_prefill_kv", _i),
-        ("largest_decode_kv", _i),
-        # a decision that the caller must answer
-        ("pending_instance", _i),
-        ("pending_reason", _i),
         # GPUs that belong to no instance
         ("gpus", _i),
         ("gpus_allocated", _i),
         ("unallocated_w_per_gpu", _f),
         ("unallocated_j", _f),
         ("unallocated_last_s", _f),
-        # counts
-        ("arrived", _i),
-        ("finished", _i),
-        ("rejected", _i),
-        ("decisions", _i),
-        # running digest of every clock that was asked for
-        ("digest", np.uint64),
-        ("log_n", _i),
         # an answer outside the clock list
         ("bad_answer", _i),
     ],
     align=True,
 )
 
+# Fields that are used together lie together, eight to a cache line, the rarest last: with many simulators taking turns,
+# time goes by the lines that an event touches.
 INSTANCE = np.dtype(
     [
-        ("phase", _i),
-        ("tp", _i),
-        # pipeline: its stages, the number of its first lane, the hand-overs of one pass
-        ("pp", _i),
-        ("first_lane", _i),
-        ("handover_s", _f),
-        ("handover_s_per_token", _f),
-        # of a first lane: when the first stage is free, and when the last pass leaves the last stage
-        ("stage_free_s", _f),
-        ("pass_out_s", _f),
-        ("node", _i),
-        ("status", _i),
-        ("model_start", _i),
-        ("model_stop", _i),
-        ("predicted_start", _i),
-        ("predicted_stop", _i),
-        ("kv_capacity", _i),
-        ("kv_used", _i),
-        ("weight", _f),
-        ("route_pass", _f),
-        # clocks
-        ("clock", _i),
-        ("target", _i),
-        ("in_service", _i),
-        ("queued", _i),
-        ("queued_clock", _i),
-        ("node_next", _i),
-        # energy
-        ("power_w", _f),
-        ("last_s", _f),
-        ("bucket", _i),
-        ("energy_j", _f, (4,)),
-        ("time_s", _f, (4,)),
         # the running iteration
         ("running", _i),
-        ("iter_batch", _f),
-        ("iter_kv", _f),
-        ("iter_tokens", _f),
-        ("iter_sum_sq", _f),
+        ("end_s", _f),
         ("iter_start_s", _f),
         ("segment_start_s", _f),
         ("work_left", _f),
         ("full_duration_s", _f),
-        ("waiting_s", _f),  # the part of a pass in which no stage computes it
-        ("end_s", _f),
         ("predicted_full_s", _f),
         ("predicted_done_s", _f),
+        # clocks and power
+        ("clock", _i),
+        ("target", _i),
+        ("in_service", _i),
+        ("queued", _i),
+        ("status", _i),
+        ("power_w", _f),
+        ("last_s", _f),
+        ("bucket", _i),
+        # energy
+        ("energy_j", _f, (4,)),
+        ("time_s", _f, (4,)),
+        # what it is
+        ("phase", _i),
+        ("tp", _i),
+        ("pp", _i),
+        ("node", _i),
+        ("model_start", _i),
+        ("model_stop", _i),
+        ("predicted_start", _i),
+        ("predicted_stop", _i),
+        # what runs
+        ("iter_batch", _f),
+        ("iter_kv", _f),
+        ("iter_tokens", _f),
+        ("iter_sum_sq", _f),
         ("overrun_s", _f),
+        ("iterations", _i),
         ("last_observed_s", _f),
         ("last_predicted_s", _f),
         # queues: linked lists of requests
@@ -230,17 +222,19 @@ INSTANCE = np.dtype(
         ("queue_tail", _i),
         ("queue_n", _i),
         ("queue_tokens", _i),
-        ("batch_head", _i),
-        ("batch_tail", _i),
-        ("batch_n", _i),
-        ("chunk_request", _i),
-        ("transit_head", _i),
-        ("transit_tail", _i),
+        ("kv_used", _i),
+        ("kv_capacity", _i),
+        ("dirty", _i),
+        ("idle_asked", _i),
+        # requests that were routed here, those whose phase is over here, and those of them that broke its SLO
+        ("routed", _i),
+        ("completed", _i),
+        ("late", _i),
+        ("ask_arrival", _i),
+        ("ask_overrun", _i),
         ("transit_n", _i),
         ("transit_tokens", _i),
-        ("ready_head", _i),
-        ("ready_tail", _i),
-        ("ready_n", _i),
+        ("route_pass", _f),
         # running decode batch
         ("run_tail", _i),
         ("run_n", _i),
@@ -249,23 +243,35 @@ INSTANCE = np.dtype(
         ("recompute_n", _i),
         ("recompute_tokens", _i),
         ("recompute_sum_sq", _f),
+        ("output_tokens", _i),
+        # on its way to decode
+        ("ready_head", _i),
+        ("ready_tail", _i),
+        ("ready_n", _i),
+        ("transit_head", _i),
+        ("transit_tail", _i),
         ("link_free_s", _f),
-        # waking
-        ("dirty", _i),
-        ("ask_arrival", _i),
-        ("ask_overrun", _i),
-        ("idle_asked", _i),
+        ("weight", _f),
+        ("clock_changes", _i),
+        # prefill batch
+        ("batch_head", _i),
+        ("batch_tail", _i),
+        ("batch_n", _i),
+        ("chunk_request", _i),
+        ("prompt_tokens", _i),
+        ("queued_clock", _i),
+        ("node_next", _i),
+        # pipeline: the number of its first lane, the hand-overs of one pass
+        ("first_lane", _i),
+        ("handover_s", _f),
+        ("handover_s_per_token", _f),
+        # of a first lane: when the first stage is free, and when the last pass leaves the last stage
+        ("stage_free_s", _f),
+        ("pass_out_s", _f),
+        ("waiting_s", _f),  # the part of a pass in which no stage computes it
+        # coming and going
         ("load_s", _f),
         ("load_extra_w", _f),
-        # counts
-        ("iterations", _i),
-        ("prompt_tokens", _i),
-        ("output_tokens", _i),
-        ("clock_changes", _i),
-        # requests that were routed here, those whose phase is over here, and those of them that broke its SLO
-        ("routed", _i),
-        ("completed", _i),
-        ("late", _i),
         ("active_from_s", _f),
         ("gone_s", _f),
     ],
@@ -350,18 +356,8 @@ def leaves_for(nodes: int, capacity: int) -> int:
     return 1 << (nodes + 2 * capacity - 1).bit_length()
 
 
-def empty_requests(count: int) -> npt.NDArray[Any]:
-    """REQUEST[count] that nothing has happened to."""
-    blank = np.zeros(1, REQUEST)
-    for name in ("prefill_start_s", "first_token_s", "delivered_s", "finish_s"):
-        blank[name] = np.nan
-    for name in ("next", "prev", "prefill_instance", "decode_instance"):
-        blank[name] = -1
-    return np.repeat(blank, count)
-
-
 def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, log_events: int = 0) -> State:
-    """Arrays of the right sizes with every list empty and every timer at infinity."""
+    """Arrays of the right sizes with every list empty and every timer at infinity; requests are yet to be filled in."""
     leaves = leaves_for(nodes, capacity)
     glob = np.zeros(1, GLOBAL)
     glob["requests"], glob["nodes"], glob["capacity"], glob["leaves"] = requests, nodes, capacity, leaves
@@ -395,7 +391,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         glob=glob,
         inst=inst,
         node=node,
-        req=empty_requests(requests),
+        req=np.zeros(requests, REQUEST),
         tree_s=np.full(2 * leaves, np.inf),
         tree_entity=entities,
         run_heap=np.zeros((capacity, max_sequences), np.int64),

@@ -64,22 +64,31 @@ def within_context(trace: Trace, cluster: ClusterSettings, profile: Profile) -> 
     return truncate_to_context(trace, profile.context_tokens) if cluster.truncate_to_context else trace
 
 
+def generated_demand(
+    scenario: ScenarioSettings, profile: Profile, split: str, seed: int, rate_rps: float | None
+) -> Trace:
+    """What a run of the scenario's own workload serves."""
+    rate = scenario.rate_rps if rate_rps is None else rate_rps
+    drawn = split_seed("test" if split == "all" else split, seed)
+    demand = generate(load_workload(scenario.workload), rate, scenario.duration_s, drawn)
+    return within_context(demand, scenario.cluster, profile)
+
+
+def generated_training(scenario: ScenarioSettings, profile: Profile) -> Trace:
+    """What planners learn from, the same for every seed, split and rate: tables made from it serve them all."""
+    workload = load_workload(scenario.workload)
+    training = generate(workload, scenario.rate_rps, scenario.training_s, split_seed("train", 0))
+    return within_context(training, scenario.cluster, profile)
+
+
 def generated_requests(
     scenario: ScenarioSettings, profile: Profile, split: str, seed: int, rate_rps: float | None
 ) -> Requests:
-    """Requests of the scenario's own workload.
-
-    The training trace is the same for every seed, split and rate: tables made from it serve them all.
-    """
-    workload = load_workload(scenario.workload)
-    rate = scenario.rate_rps if rate_rps is None else rate_rps
-    evaluated = generate(workload, rate, scenario.duration_s, split_seed("test" if split == "all" else split, seed))
-    training = generate(workload, scenario.rate_rps, scenario.training_s, split_seed("train", 0))
-    cluster = scenario.cluster
+    """Requests of the scenario's own workload."""
     return Requests(
-        within_context(evaluated, cluster, profile),
-        within_context(training, cluster, profile),
-        rate,
+        generated_demand(scenario, profile, split, seed, rate_rps),
+        generated_training(scenario, profile),
+        scenario.rate_rps if rate_rps is None else rate_rps,
         scenario.duration_s,
     )
 

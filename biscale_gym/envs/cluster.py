@@ -144,10 +144,10 @@ class ClusterSetting(Setting):
             return BAD_ANSWER  # of slots that are empty, too: a negative index is a huge one here
         return int(lanes.step_cluster(handle, lane, self.params, clocks, obs, terms))
 
-    def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:
+    def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> int:
         """``step`` for every row."""
         run = lanes.step_clusters_in_parallel if parallel else lanes.step_clusters
-        run(handles, lanes_, self.params, actions, obs, terms, out)
+        return int(run(handles, lanes_, self.params, actions, obs, terms, out))
 
 
 class ClusterEnv(SingleEnv):

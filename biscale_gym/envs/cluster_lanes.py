@@ -44,9 +44,12 @@ from biscale_gym.envs.lanes import (
     REWARD,
     TERMS,
     VIOLATIONS,
+    count_ended,
+    count_outside,
     discounted,
     energy_now_j,
     overdue,
+    prefetch_lanes,
 )
 from biscale_gym.profiles.kernels import iteration_latency
 
@@ -351,20 +354,32 @@ def turn_cluster(handle: Any, lane: Any, params: Any, obs: Any) -> None:
     encode_cluster(st, lane[0], params, obs)
 
 
-@compiled_as(types.void(*_ROWS))
-def step_clusters(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> None:
-    """``step_cluster`` for every row; ``reached`` int64[N] takes the answers."""
+@compiled_as(types.int64(*_ROWS))
+def step_clusters(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> int:
+    """``step_cluster`` for every row; ``reached`` int64[N] takes the answers.
+
+    Returns:
+        How many lanes came to their episode's end, or -1 where an action is no clock: no lane has moved then.
+    """
+    if count_outside(actions, grid_of(params)[1]) > 0:  # of slots that are empty, too
+        return -1
     for n in range(len(lanes)):
+        prefetch_lanes(handles, n)
         reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+    return count_ended(reached)
 
 
-@parallel_as(types.void(*_ROWS))
+@parallel_as(types.int64(*_ROWS))
 def step_clusters_in_parallel(
     handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any
-) -> None:
+) -> int:
     """``step_clusters`` on numba's threads: the same numbers."""
+    if count_outside(actions, grid_of(params)[1]) > 0:  # of slots that are empty, too
+        return -1
     for n in prange(len(lanes)):
+        prefetch_lanes(handles, n)
         reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+    return count_ended(reached)
 
 
 assert layout.PREFILL_SIZE == _OWN + 4

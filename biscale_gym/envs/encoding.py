@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster import features as f
 from biscale_gym.envs import layout
-from biscale_gym.profiles.kernels import iteration_cost, iteration_latency
+from biscale_gym.profiles.kernels import iteration_cost, iteration_latency, prefill_cost_with, prefill_terms
 
 Vector = NDArray[np.float64]
 Row = NDArray[np.float32]
@@ -203,16 +203,21 @@ def encode_prefill(obs: Vector, memory: Vector, params: Vector, model: Vector, o
             out[SLACK + j] = np.float32(1.0)
     grid, n = grid_of(params)
     latency, energy, margin = PREFILL_CLOCKS, PREFILL_CLOCKS + n, PREFILL_CLOCKS + 2 * n
+    if batches == 0:
+        for k in range(n):
+            out[latency + k] = np.float32(0.0)
+            out[energy + k] = np.float32(1.0)
+            out[margin + k] = np.float32(1.0)
+        return
+    tokens, sum_sq = obs[f.BATCH_FIRST + f.BATCH_TOKENS], obs[f.BATCH_FIRST + f.BATCH_SUM_SQ]
+    log_tokens, tokens_p = prefill_terms(model, tokens)
+    limited_s = 0.0
     highest_j = 0.0
     for k in range(n - 1, -1, -1):
-        out[latency + k] = np.float32(0.0)
-        out[energy + k] = np.float32(1.0)
-        out[margin + k] = np.float32(1.0)
-        if batches == 0:
-            continue
         clock = int(params[grid + k])
-        tokens, sum_sq = obs[f.BATCH_FIRST + f.BATCH_TOKENS], obs[f.BATCH_FIRST + f.BATCH_SUM_SQ]
-        duration_s, power_w = iteration_cost(model, clock, 0.0, 0.0, tokens, sum_sq)
+        duration_s, power_w, limited_s = prefill_cost_with(
+            model, clock, tokens, sum_sq, log_tokens, tokens_p, limited_s
+        )
         if k == n - 1:
             highest_j = duration_s * power_w
         end_s = obs[f.WORK_LEFT] * duration_s

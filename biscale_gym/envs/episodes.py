@@ -17,7 +17,7 @@ import numpy as np
 
 from biscale_gym.config import ConfigError, load_preset, nearest
 from biscale_gym.control.scenario import ScenarioSettings
-from biscale_gym.control.workload import generated_requests, recorded_requests
+from biscale_gym.control.workload import generated_demand, generated_training, recorded_requests
 from biscale_gym.envs.settings import TRACES, EpisodeSettings
 from biscale_gym.profiles import Profile
 from biscale_gym.profiles.randomisation import randomised_switching
@@ -133,10 +133,11 @@ class EpisodeSource:
         if self._training is None:
             settings, scenario = self.settings, self.scenario
             if settings.trace is not None:
-                part = recorded_requests(scenario, self._profile, Path(settings.trace), "train", 0, settings.rate_rps)
+                path = Path(settings.trace)
+                part = recorded_requests(scenario, self._profile, path, "train", 0, settings.rate_rps)
+                self._training = part.training
             else:
-                part = generated_requests(scenario, self._profile, "train", 0, settings.rate_rps)
-            self._training = part.training
+                self._training = generated_training(scenario, self._profile)
         return self._training
 
     def trace_seeds(self, split: str) -> int:
@@ -172,8 +173,7 @@ class EpisodeSource:
         longest_s = self.warmup_s + self.episode_s
         if longest_s > scenario.duration_s:
             scenario = scenario.model_copy(update={"duration_s": longest_s})
-        generated = generated_requests(scenario, self._profile, split, seed, settings.rate_rps)
-        return generated.evaluated, generated.end_s
+        return generated_demand(scenario, self._profile, split, seed, settings.rate_rps), scenario.duration_s
 
     def _shared(self, split: str, seed: int, instance: int) -> tuple[Trace, float]:
         """What the environment is fed with, and how long it lasts [s]."""

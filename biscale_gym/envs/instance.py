@@ -101,10 +101,10 @@ class InstanceSetting(Setting):
         """Answer, and on to the next decision."""
         return int(lanes.step_lane(handle, lane, self.params, int(action), obs, terms))
 
-    def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:
+    def step_all(self, parallel: bool, handles: Any, lanes_: Any, actions: Any, obs: Any, terms: Any, out: Any) -> int:
         """``step`` for every row."""
         run = lanes.step_lanes_in_parallel if parallel else lanes.step_lanes
-        run(handles, lanes_, self.params, actions, obs, terms, out)
+        return int(run(handles, lanes_, self.params, actions, obs, terms, out))
 
 
 class PrefillSetting(InstanceSetting):

@@ -18,8 +18,10 @@ from biscale_gym.cluster import features as f
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
 from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
 from biscale_gym.cluster.observe import observe
-from biscale_gym.cluster.state import FINISHED, PREFILL, REJECTED, WAITING_DECODE, State
-from biscale_gym.envs.encoding import encode_decode, encode_prefill, grid_of
+from biscale_gym.cluster.policy import MEMORY_SIZE
+from biscale_gym.cluster.prefetch import LINE_BYTES, prefetch, prefetch_request
+from biscale_gym.cluster.state import FINISHED, INSTANCE, PREFILL, REJECTED, WAITING_DECODE, State
+from biscale_gym.envs.encoding import FIRST, encode_decode, encode_prefill, grid_of
 
 _f, _i = np.float64, np.int64
 
@@ -157,6 +159,42 @@ def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any
     return REACHED
 
 
+_INSTANCE_BYTES = INSTANCE.itemsize
+# Lines that nearly every step touches (state.py has what is touched most first).
+_HOT_GLOBAL, _HOT_INSTANCE = 6, 10
+
+
+@inlined
+def prefetch_lanes(handles: Any, n: int) -> None:
+    """While lane n is stepped, have what the next two will touch loaded: first their state, then what it refers to."""
+    if n + 2 < len(handles):
+        st = state_at(handles[n + 2])
+        for line in range(_HOT_GLOBAL):
+            prefetch(st.glob, line * LINE_BYTES)
+        for i in range(len(st.inst)):
+            for line in range(_HOT_INSTANCE):
+                prefetch(st.inst, i * _INSTANCE_BYTES + line * LINE_BYTES)
+            prefetch(st.memory, (i * MEMORY_SIZE + FIRST) * 8)
+            prefetch(st.memory, (i * MEMORY_SIZE + FIRST) * 8 + LINE_BYTES)
+        prefetch(st.tree_s, 0)
+        prefetch(st.tree_s, LINE_BYTES)
+        prefetch(st.tree_entity, 0)
+        prefetch(st.node, 0)
+        prefetch(st.dirty, 0)
+    if n + 1 < len(handles):
+        st = state_at(handles[n + 1])
+        prefetch_request(st, st.glob[0].next_arrival)
+        inst = st.inst[0]
+        if inst.phase == PREFILL:
+            prefetch_request(st, inst.batch_head)
+        else:
+            prefetch_request(st, inst.run_first & 0xFFFFFFFF)
+            prefetch(st.run_heap, 0)
+        for line in range(3):
+            prefetch(st.obs, inst.phase * f.SIZE * 8 + line * LINE_BYTES)
+        prefetch(st.obs, (inst.phase * f.SIZE + f.ROUTED) * 8)
+
+
 _LANES = types.Array(from_dtype(LANE), 1, "C")
 _PARAMS = types.float64[::1]
 
@@ -190,17 +228,47 @@ _ROWS = (
 )
 
 
-@compiled_as(types.void(*_ROWS))
-def step_lanes(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> None:
-    """``step_lane`` for every row; ``reached`` int64[N] takes the answers."""
+@inlined
+def count_ended(reached: Any) -> int:
+    """How many lanes have come to their episode's end."""
+    ended = 0
+    for n in range(len(reached)):
+        ended += reached[n] == REACHED
+    return ended
+
+
+@inlined
+def count_outside(values: Any, count: int) -> int:
+    """How many of an array's numbers are no index into ``count`` things."""
+    outside = 0
+    for value in values.flat:
+        outside += value < 0 or value >= count
+    return outside
+
+
+@compiled_as(types.int64(*_ROWS))
+def step_lanes(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> int:
+    """``step_lane`` for every row; ``reached`` int64[N] takes the answers.
+
+    Returns:
+        How many lanes came to their episode's end, or -1 where an action is no clock: no lane has moved then.
+    """
+    if count_outside(actions, grid_of(params)[1]) > 0:
+        return -1
     for n in range(len(lanes)):
+        prefetch_lanes(handles, n)
         reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+    return count_ended(reached)
 
 
-@parallel_as(types.void(*_ROWS))
+@parallel_as(types.int64(*_ROWS))
 def step_lanes_in_parallel(
     handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any
-) -> None:
+) -> int:
     """``step_lanes`` on numba's threads: the same numbers."""
+    if count_outside(actions, grid_of(params)[1]) > 0:
+        return -1
     for n in prange(len(lanes)):
+        prefetch_lanes(handles, n)
         reached[n] = _step(handles[n], lanes[n], params, actions[n], obs[n], terms[n])
+    return count_ended(reached)

@@ -153,8 +153,8 @@ class Setting(ABC):
         """Compiled: step one lane; returns one of engine's DECISION, REACHED (the end), BAD_ANSWER."""
 
     @abstractmethod
-    def step_all(self, parallel: bool, handles: Any, lanes: Any, actions: Any, obs: Any, terms: Any, out: Any) -> None:
-        """Compiled: ``step`` for every row."""
+    def step_all(self, parallel: bool, handles: Any, lanes: Any, actions: Any, obs: Any, terms: Any, out: Any) -> int:
+        """Compiled: ``step`` for every row; returns how many lanes ended, -1 for a bad action (nothing has moved)."""
 
     def simulator(self, episode: Episode, placement: Placement) -> Simulator:
         """A simulator of the placement at the end of the episode's warm-up, clocks held until then.

@@ -127,6 +127,51 @@ def _general(
 
 
 @compiled
+def prefill_terms(model: Vector, prefill_tokens: float) -> tuple[float, float]:
+    """What the costs of a prefill batch have in common at all clocks, for ``prefill_cost_with``."""
+    if model[at.KIND] != at.PARAMETRIC:
+        return 0.0, 0.0
+    log_tokens = np.log(prefill_tokens)
+    return log_tokens, np.exp(model[at.NORM] * log_tokens)
+
+
+@compiled
+def prefill_cost_with(
+    model: Vector,
+    clock: int,
+    prefill_tokens: float,
+    sum_len_sq: float,
+    log_tokens: float,
+    tokens_p: float,
+    limited_s: float,
+) -> tuple[float, float, float]:
+    """``iteration_cost`` of a prefill batch at one of several clocks, without what they have in common.
+
+    Args:
+        model: compiled profile.
+        clock: index into its clocks.
+        prefill_tokens: prompt tokens of the batch.
+        sum_len_sq: sum of their squared lengths.
+        log_tokens: of ``prefill_terms``.
+        tokens_p: of ``prefill_terms``.
+        limited_s: latency where the board limit binds, which is that of every clock where it does; 0: not yet known.
+
+    Returns:
+        Latency [s], power per GPU [W], and ``limited_s`` for the next clock.
+    """
+    if model[at.KIND] != at.PARAMETRIC:
+        latency_s, power_w = _sum_of_parts(model, clock, 0.0, 0.0, prefill_tokens, sum_len_sq)
+        return latency_s, power_w, limited_s
+    latency_s, base_w, work_j = at_clock(model, clock, 0.0, 0.0, prefill_tokens, sum_len_sq, tokens_p)
+    power_w = base_w + work_j / latency_s
+    if power_w <= model[at.LIMIT_W]:
+        return latency_s, power_w, limited_s
+    if limited_s == 0.0:
+        limited_s = limited(model, 0.0, 0.0, prefill_tokens, sum_len_sq, log_tokens, tokens_p)[1]
+    return limited_s, model[at.LIMIT_W], limited_s
+
+
+@compiled
 def decode_cost(model: Vector, clock: int, batch: float, kv_tokens: float) -> tuple[float, float]:
     """Latency [s] and power per GPU [W] of a decode iteration of ``batch`` sequences holding ``kv_tokens`` in total."""
     if batch <= model[at.MAX_BATCH]:

@@ -50,7 +50,7 @@ def slice_time(trace: Trace, start_s: float, end_s: float) -> Trace:
         raise TraceError(
             f"trace {trace.name!r} has no request from {start_s:g} s to {end_s:g} s: it lasts {trace.duration_s:g} s"
         )
-    return trace.take(np.arange(first, last), f"{trace.name}[{start_s:g}s:{end_s:g}s]", origin_s=start_s)
+    return trace.take(slice(first, last), f"{trace.name}[{start_s:g}s:{end_s:g}s]", origin_s=start_s)
 
 
 def split_by_time(trace: Trace, fractions: Sequence[float] = SPLIT_FRACTIONS) -> tuple[Trace, ...]:
@@ -73,7 +73,7 @@ def split_by_time(trace: Trace, fractions: Sequence[float] = SPLIT_FRACTIONS) ->
                 f"({len(trace)} requests over {trace.duration_s:g} s)"
             )
         name = f"{trace.name}[{number + 1}/{len(fractions)}]"
-        parts.append(trace.take(np.arange(first, last), name, origin_s=float(start_s)))
+        parts.append(trace.take(slice(first, last), name, origin_s=float(start_s)))
     return tuple(parts)
 
 

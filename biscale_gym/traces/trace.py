@@ -89,8 +89,8 @@ class Trace:
         digest.update(np.ascontiguousarray(self.output_tokens, dtype="<i8").tobytes())
         return digest.hexdigest()
 
-    def take(self, chosen: NDArray[np.bool_] | Ints, name: str, *, origin_s: float = 0.0) -> Trace:
-        """The chosen requests (a mask or ascending indices), their times counted from ``origin_s``.
+    def take(self, chosen: NDArray[np.bool_] | Ints | slice, name: str, *, origin_s: float = 0.0) -> Trace:
+        """The chosen requests (a mask, ascending indices or a slice), their times counted from ``origin_s``.
 
         Raises:
             TraceError: nothing is chosen.
@@ -113,11 +113,11 @@ def _lengths(values: ArrayLike, count: int, name: str, field: str) -> Ints:
     given = np.asarray(values)
     if given.shape != (count,):
         raise TraceError(f"trace {name!r}: {field} has shape {given.shape}, expected ({count},) as arrival_s has")
-    as_float = given.astype(np.float64)
-    whole = np.isfinite(as_float) & (as_float == np.floor(as_float))
-    _refuse(
-        ~(whole & (as_float >= 1.0) & (as_float <= MOST_TOKENS)), given, name, field, "a whole number of at least 1"
-    )
+    number = given if np.issubdtype(given.dtype, np.integer) else given.astype(np.float64)
+    good = (number >= 1) & (number <= MOST_TOKENS)
+    if number is not given:
+        good &= np.isfinite(number) & (number == np.floor(number))
+    _refuse(~good, given, name, field, "a whole number of at least 1")
     return given.astype(np.int64)
 
 

@@ -212,7 +212,7 @@ def make_part(
     if wrapped:
         for wrapper in settings.wrappers:
             envs = _wrapped(envs, wrapper)
-    return GymnasiumVecEnv(envs)
+    return GymnasiumVecEnv(envs, keep_infos=True)
 
 
 def make_lanes(settings: TrainingSettings) -> LanesVecEnv:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import biscale_gym  # noqa: F401 - registers the environments
+from biscale_gym.envs import episodes
 from biscale_gym.envs.errors import EnvironmentUsageError
 
 SETTINGS: dict[str, Any] = {"scenario": "smoke", "episode_s": 5.0}
@@ -39,3 +40,33 @@ def test_lanes_that_were_never_reset_are_not_stepped() -> None:
         envs.step(actions)
     envs.reset(options={"reset_mask": np.array([False, True])})
     envs.step(actions)
+
+
+def test_episodes_are_drawn_without_what_planners_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise AssertionError("nobody asked for the training trace")
+
+    monkeypatch.setattr(episodes, "generated_training", refused)
+    gymnasium.make_vec("BiScale/Cluster-v0", num_envs=2, **SETTINGS).reset(seed=0)
+
+
+@pytest.mark.parametrize("env_id", ["BiScale/Prefill-v0", "BiScale/Cluster-v0"])
+def test_quiet_steps_are_the_same_steps_and_tell_of_ends_alone(env_id: str) -> None:
+    quiet, told = (gymnasium.make_vec(env_id, num_envs=2, **SETTINGS) for _ in range(2))
+    for env in (quiet, told):
+        env.reset(seed=4)
+    columns = told.unwrapped.setting.term_columns
+    of_every_lane = {*columns, *(f"_{name}" for name in columns)}
+    ends = 0
+    while ends < 3:
+        actions = told.action_space.sample()
+        *seen, own = quiet.unwrapped.step_quietly(actions)
+        *expected, infos = told.step(actions)
+        for ours, theirs in zip(seen, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        ended = expected[3]
+        assert set(own) == set(infos) - of_every_lane
+        if ended.any():
+            lane = int(np.argmax(ended))
+            assert own["final_info"]["now_s"][lane] == infos["now_s"][lane]
+        ends += int(ended.sum())

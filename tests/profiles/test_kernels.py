@@ -105,6 +105,18 @@ def test_nothing_jumps_where_the_limit_begins_to_bind(precision: str, m: float, 
     assert np.max(np.abs(np.diff(costs[:, 1]) / costs[:-1, 1])) < 0.01
 
 
+@given(classes, prompts, lengths)
+@settings(max_examples=200, deadline=None)
+def test_a_prefill_batch_costs_the_same_at_several_clocks_together(
+    which: tuple[str, int], m: float, length: float
+) -> None:
+    vector, s2, limited_s = VECTORS[which], np.floor(m * min(m, length)), 0.0
+    log_tokens, tokens_p = kernels.prefill_terms(vector, m)
+    for clock in reversed(range(len(GRID_MHZ))):
+        latency_s, power_w, limited_s = kernels.prefill_cost_with(vector, clock, m, s2, log_tokens, tokens_p, limited_s)
+        assert (latency_s, power_w) == kernels.iteration_cost(vector, clock, 0.0, 0.0, m, s2)
+
+
 def test_locks_above_the_effective_clock_cost_the_same(fp8: Profile) -> None:
     vector = fp8.compile(2, [1950, 1965, 1980], 256)
     costs = {kernels.decode_cost(vector, clock, 256.0, 128_000.0) for clock in range(3)}
