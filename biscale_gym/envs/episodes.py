@@ -214,7 +214,7 @@ class EpisodeSource:
         trace, lasts_s = self._shared(split, trace_seed, instance)
         length_s = min(self.warmup_s + self.episode_s, lasts_s)
         latest_s = lasts_s - length_s
-        start_s = float(given.get("start_s", drawn_start * latest_s))
+        start_s = float(given.get("start_s", self._with_a_request(trace, drawn_start * latest_s, length_s, latest_s)))
         if not 0.0 <= start_s <= latest_s:
             raise ConfigError(
                 f"reset option start_s is {start_s:g}: an episode of {length_s:g} s (warm-up included) of this trace "
@@ -243,6 +243,14 @@ class EpisodeSource:
             cluster_seed=seed_of["cluster_seed"],
             thinning_seed=seed_of["thinning_seed"],
         )
+
+    def _with_a_request(self, trace: Trace, start_s: float, length_s: float, latest_s: float) -> float:
+        """``start_s``; where nothing arrives in an episode from there, moved so that the nearest request is counted."""
+        first, last = np.searchsorted(trace.arrival_s, (start_s, start_s + length_s))
+        if first < last:
+            return start_s
+        nearest_s = float(trace.arrival_s[min(int(first), len(trace) - 1)])
+        return min(max(0.0, nearest_s - self.warmup_s), latest_s)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         for name in options:
