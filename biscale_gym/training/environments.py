@@ -49,7 +49,6 @@ class LanesVecEnv(VecEnv):
     def begin_tally(self) -> None:
         """Sums from zero."""
         self.totals = {**dict.fromkeys(SUMMED, 0.0), "reward": 0.0, "steps": 0.0}
-        self.episodes: list[dict[str, float]] = []
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Lane n begins with ``seed + n``, whatever its scenario."""
@@ -81,7 +80,6 @@ class LanesVecEnv(VecEnv):
         self._add(rewards, dones, infos)
         self.ended = []
         for lane in np.flatnonzero(dones):
-            self.episodes.append(infos[lane]["episode_metrics"])
             if not self.bootstrap:
                 self.ended.append((int(lane), infos[lane]["terminal_observation"]))
                 del infos[lane]["TimeLimit.truncated"]

@@ -40,6 +40,7 @@ from biscale_gym.training.warm_start import clone
 
 SETTINGS, RESULT = "settings.yaml", "result.json"
 CHECKPOINTS, BEST, FINAL = "checkpoints", "best", "final"
+RATES = ("steps_per_s", "steps_per_cpu_s")
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Progress:
         best_at, best: the best model's.
         not_better: evaluations in a row without a better model.
         multiplier, late_share: of the constraint.
-        seconds: of wall time spent.
+        seconds, cpu_seconds: of wall and of processor time spent.
         run_id: of the W&B run.
         cloned: how the warm start went; None: it has not been.
     """
@@ -67,6 +68,7 @@ class Progress:
     multiplier: float = 0.0
     late_share: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     run_id: str | None = None
     cloned: dict[str, float] | None = None
 
@@ -78,7 +80,8 @@ class Result:
     Attributes:
         status: 0: done; 143 or 130: interrupted by SIGTERM or SIGINT, to be resumed.
         steps: environment steps made.
-        steps_per_s: of wall time, evaluations and checkpoints included, over all sessions of the run.
+        steps_per_s, steps_per_cpu_s: of wall and of processor time over all sessions of the run, the lanes' first
+            episodes, evaluations and checkpoints included, imports and references not.
         final, best: scores; None: the run was interrupted, or never evaluated.
         best_at: the best model's step.
         early: whether it stopped early.
@@ -87,6 +90,7 @@ class Result:
     status: int
     steps: int
     steps_per_s: float
+    steps_per_cpu_s: float
     final: Score | None
     best: Score | None
     best_at: int
@@ -204,7 +208,6 @@ class Run:
     def run(self) -> Result:
         """Train to the end, or to a signal."""
         settings = self._settings
-        self._began_s = time.monotonic() - self._state.seconds
         with (
             _signals(self._noted),
             open_tracker(
@@ -221,6 +224,8 @@ class Run:
             self._tracker.config(settings.model_dump(mode="json"))
             self._set_load()
             self._references()
+            self._began_s = time.monotonic() - self._state.seconds
+            self._began_cpu_s = time.process_time() - self._state.cpu_seconds
             self._progress = RunProgress(self._console, settings.total_steps, self.steps)
             try:
                 return self._learn()
@@ -306,7 +311,7 @@ class Run:
             "late": late,
             "j_per_request": totals["energy_j"] / max(totals["completed"], 1.0),
             "simulated_s": totals["dt_s"],
-            "steps_per_s": steps / max(time.monotonic() - self._began_s, 1e-9),
+            **dict(zip(RATES, self._rates(), strict=True)),
         }
         if self._multiplier is not None:
             figures["multiplier"] = self._multiplier.value
@@ -343,6 +348,7 @@ class Run:
 
     def _write(self) -> None:
         self._state.seconds = time.monotonic() - self._began_s
+        self._state.cpu_seconds = time.process_time() - self._began_cpu_s
         taken = checkpoints.taken(self._model, self._lanes, asdict(self._state))
         checkpoints.write(self._folder / CHECKPOINTS, taken, self.steps)
         self._written_s = time.monotonic()
@@ -362,12 +368,14 @@ class Run:
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
-    def _rate(self) -> float:
-        return self.steps / max(time.monotonic() - self._began_s, 1e-9)
+    def _rates(self) -> tuple[float, float]:
+        """Steps per second of wall and of processor time, as ``RATES`` names them."""
+        spent_s, spent_cpu_s = time.monotonic() - self._began_s, time.process_time() - self._began_cpu_s
+        return self.steps / max(spent_s, 1e-9), self.steps / max(spent_cpu_s, 1e-9)
 
     def _interrupted(self) -> Result:
         self._progress.say(f"stopped at step {self.steps:,}; to go on: biscale-gym train {self._folder}")
-        return Result(128 + self._noted[0], self.steps, self._rate(), None, None, self._state.best_at)
+        return Result(128 + self._noted[0], self.steps, *self._rates(), None, None, self._state.best_at)
 
     def _finished(self) -> Result:
         state = self._state
@@ -377,7 +385,7 @@ class Run:
         assert state.best is not None
         final, best = Score(**state.score), Score(**state.best)
         self._save(FINAL, final)
-        result = Result(0, self.steps, self._rate(), final, best, state.best_at, self._early)
+        result = Result(0, self.steps, *self._rates(), final, best, state.best_at, self._early)
         for name, score in ((BEST, best), (FINAL, final)):
             made = {"step": self.steps if name == FINAL else state.best_at, "score": score.values()}
             export_model(load_model(self._folder / name), self._settings, self._folder / name, made)
@@ -389,7 +397,8 @@ class Run:
             for scenario, figures in score.scenarios.items()
         ]
         self._tracker.table("scenarios", ["model", "scenario", *columns], rows, self.steps)
-        self._tracker.summary({**summary(result), "best_at": state.best_at, "steps_per_s": result.steps_per_s})
+        rates = {name: getattr(result, name) for name in RATES}
+        self._tracker.summary({**summary(result), "best_at": state.best_at, **rates})
         checkpoints.replace_file(self._folder / RESULT, asdict(result))
         self._progress.say(f"best (step {state.best_at:,}): {described(best)}; models: {self._folder}")
         return result

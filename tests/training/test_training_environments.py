@@ -56,7 +56,6 @@ def test_lanes_are_those_of_each_scenario(tiny: Make, busier: str) -> None:
         assert [bool(info.get("TimeLimit.truncated")) for info in infos] == dones.tolist()
         ended += int(dones.sum())
     assert ended > 0
-    assert len(lanes.episodes) == ended
     assert {name: pytest.approx(lanes.totals[name]) for name in sums} == sums
     assert lanes.get_attr("setting", indices=[4])[0].scenario.slo.ttft_s == 0.12
 
