@@ -36,11 +36,13 @@ Vector = NDArray[np.float64]
 CACHE_KIND = "load-curves"
 STEP = 1.4
 """Factor between the mean rates of the runs that make a curve."""
-FINE_STEP = 1.1
+FINE_STEP = 1.07
 """The same, once more than ``FEW_MISSED`` of a run's requests were late."""
 FEW_MISSED = 0.001
-MOST_MISSED = 0.2
+MOST_MISSED = 0.3
 """Share of late requests at which the runs end."""
+CARRIED_OVER = 0.02
+"""Share of late requests in a window from which the next one's backlog is not its own."""
 CLASS_WIDTH = 1.06
 """Ratio of the rates of windows that make one point."""
 LEAST_RATE_RPS = 0.25
@@ -186,11 +188,12 @@ def measure_curve(measurement: Measurement, phase: Phase, tp: int, served: Curve
 
 
 def _points(seen: list[Windows]) -> tuple[LoadPoint, ...]:
-    """Windows of similar rates together, one point each."""
+    """Windows of similar rates together, one point each; those that follow an overloaded one bear its backlog."""
     rate, power, missed = (
         np.concatenate([getattr(one, name) for one in seen]) for name in ("rate_rps", "power_w", "missed")
     )
-    usable = (rate > 0.0) & np.isfinite(missed)
+    burdened = np.concatenate([np.append(False, np.nan_to_num(one.missed[:-1]) > CARRIED_OVER) for one in seen])
+    usable = (rate > 0.0) & np.isfinite(missed) & ~burdened
     rate, power, missed = rate[usable], power[usable], missed[usable]
     number = np.round(np.log(rate) / np.log(CLASS_WIDTH)).astype(np.int64)
     classes = np.unique(number)
@@ -209,6 +212,7 @@ def curve_key(
         measurement.slo.ttft_s,
         measurement.slo.tpot_s,
         window_s,
+        CARRIED_OVER,
         CLASS_WIDTH,
         STEP,
         FINE_STEP,

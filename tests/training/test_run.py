@@ -71,7 +71,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float, float
 
     def score(self: Any, model: Any) -> Score:
         keeps, energy, attainment = next(coming)
-        return Score(keeps, energy, {"biscale": energy}, attainment, 0.0, {})
+        return Score(keeps, energy, {"biscale": energy}, attainment, 0.0, {"smoke": {"attainment": attainment}})
 
     monkeypatch.setattr(running.Evaluator, "score", score)
 
