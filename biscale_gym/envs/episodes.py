@@ -22,7 +22,7 @@ from biscale_gym.envs.settings import TRACES, EpisodeSettings
 from biscale_gym.profiles import Profile
 from biscale_gym.profiles.randomisation import randomised_switching
 from biscale_gym.profiles.settings import RandomisationSettings, SwitchingSettings
-from biscale_gym.traces import Trace
+from biscale_gym.traces import Trace, TraceError
 from biscale_gym.traces.operations import slice_time, thin
 
 OPTIONS = ("split", "start_s", "trace_seed", "load", "instance", "hardware_seed", "cluster_seed", "thinning_seed")
@@ -222,7 +222,7 @@ class EpisodeSource:
             )
         requests = slice_time(trace, start_s, start_s + length_s)
         if load < 1.0:
-            requests = thin(requests, load, seed_of["thinning_seed"])
+            requests = _thinned(requests, load, seed_of["thinning_seed"])
         profile, switching = self._profile, None
         if self._ranges is not None:
             hardware = np.random.default_rng(seed_of["hardware_seed"])
@@ -262,6 +262,14 @@ class EpisodeSource:
         if options.get("hardware_seed") is not None and self._ranges is None:
             raise ConfigError("reset option hardware_seed: hardware is drawn only where randomisation names a preset")
         return {name: value for name, value in options.items() if value is not None}
+
+
+def _thinned(requests: Trace, load: float, seed: int) -> Trace:
+    """``thin``, but of a few requests the last stays, where none would be left."""
+    try:
+        return thin(requests, load, seed)
+    except TraceError:
+        return requests.take(slice(len(requests) - 1, None), f"{requests.name}*{load:g}")
 
 
 def _whole(name: str, value: Any, count: int) -> int:
