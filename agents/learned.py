@@ -37,15 +37,15 @@ BISCALE = "biscale"
 class LoadPlacementSettings(Settings):
     """Tier 1 from load curves (:mod:`agents.load_placement`)."""
 
-    price_j: float = Field(default=500.0, ge=0.0)
+    price_j: float = Field(default=1000.0, ge=0.0)
     """Joules that a request outside its SLO counts."""
     shares: int = Field(default=24, ge=2)
     """Into how many parts a phase's rate is divided among its instances."""
-    keep_within: float = Field(default=0.02, ge=0.0)
+    keep_within: float = Field(default=0.05, ge=0.0)
     """The present instances stay while their cost is within this share of the optimum's."""
-    forecast_error: float = Field(default=0.12, ge=0.0)
+    forecast_error: float = Field(default=0.1, ge=0.0)
     """Relative standard deviation of the forecast's error."""
-    forecast: Tier1Settings = Tier1Settings(forecast="ewma", ewma_weight=0.7)
+    forecast: Tier1Settings = Tier1Settings(forecast="ewma", ewma_weight=0.3)
     """Forecast, and how long curves are measured."""
 
 

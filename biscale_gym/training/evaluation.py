@@ -12,14 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 import biscale_gym
+from biscale_gym.cluster.placement import Placement
+from biscale_gym.cluster.simulator import PhasePolicy
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import load_scenario
+from biscale_gym.envs.mlp import ClockMLP
 from biscale_gym.envs.policies import ControllerPolicy, HighestClock, PlannerPolicy
 from biscale_gym.envs.settings import TRACES
 from biscale_gym.planning import table_cache
 from biscale_gym.sb3 import GymnasiumVecEnv
 from biscale_gym.training.algorithms import find_algorithm
 from biscale_gym.training.environments import PLACEMENT, env_arguments, make_part
-from biscale_gym.training.settings import TrainingSettings
+from biscale_gym.training.errors import TrainingError
+from biscale_gym.training.export import clock_model
+from biscale_gym.training.settings import ShieldSettings, TrainingSettings
 
 ENERGY = {"BiScale/Prefill-v0": "prefill_energy_j", "BiScale/Decode-v0": "decode_energy_j"}
 """What an environment of one phase is judged by; the others by ``total_energy_j``."""
@@ -177,6 +183,35 @@ def _reference(settings: TrainingSettings, scenario: str, name: str) -> Played:
     return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations))
 
 
+class _Guarded:
+    """A clock model as a controller, its shield included: what a comparison would run."""
+
+    name = "trained"
+    replans = False
+
+    def __init__(self, clocks: ClockMLP) -> None:
+        self._clocks = clocks
+
+    def plan(self, context: PlanContext) -> Placement:
+        """Not asked: the environment's instance is placed."""
+        raise NotImplementedError
+
+    def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
+        """The model's policy, for its phase."""
+        slo, clocks = context.scenario.slo, self._clocks
+        if clocks.phase == "prefill":
+            return clocks.policy(context.clocks_mhz, slo.ttft_s), None
+        return None, clocks.policy(context.clocks_mhz, slo.tpot_s)
+
+
+def _guarded(settings: TrainingSettings, scenario: str, clocks: ClockMLP) -> Played:
+    """A clock model with its shield on the evaluation's episodes, asked at every decision point of its own."""
+    changed = {**_changed(settings), "decision_points": clocks.decision_points, "decide_every": 1}
+    envs = make_part(settings, scenario, settings.evaluation.episodes, wrapped=False, **changed)
+    agent = ControllerPolicy(_Guarded(clocks), envs)
+    return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations))
+
+
 def _planned(settings: TrainingSettings, scenario: str, name: str, changed: dict[str, Any]) -> Played:
     """A planner's episodes. ``max-clock`` is DistServe's placement, its clocks held at the top of the grid."""
     arguments = {**env_arguments(settings), **changed}
@@ -258,8 +293,16 @@ class Evaluator:
         return self._references
 
     def score(self, model: Any) -> Score:
-        """Evaluate an SB3 model, with its most likely actions."""
+        """Evaluate an SB3 model, with its most likely actions; with its shield, where the run gives it one."""
         settings = self._settings
+        if settings.shield != ShieldSettings():
+            clocks = clock_model(model, settings, {})
+            if clocks is None:
+                raise TrainingError(
+                    "shield: only clock policies of one instance have one, this run trains another"
+                )
+            guarded = {scenario: _guarded(settings, scenario, clocks) for scenario in settings.scenarios}
+            return judged(settings, guarded, self.references())
         masked = find_algorithm(settings.algorithm).masked
         played = {}
         for scenario in settings.scenarios:

@@ -18,6 +18,8 @@ from biscale_gym.control.controllers import (
     controller_names,
     find_controller,
     make_controller,
+    parsed_variant,
+    split_names,
 )
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.profiles import load_profile
@@ -120,3 +122,34 @@ def test_a_plan_knows_the_last_rate_and_the_runs_clocks() -> None:
     assert first.clock_index(1410) == 1
     with pytest.raises(ClusterError, match="the run has no clock 1400 MHz; the nearest is 1410"):
         first.clock_index(1400)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "settings"),
+    [
+        ("biscale", "biscale", {}),
+        ("module:Class", "module:Class", {}),
+        ("biscale[decode.headroom=0.85]", "biscale", {"decode": {"headroom": 0.85}}),
+        (
+            "learned[prefill=a/b, load.keep_within=0, load.price_j=1.0e3]",
+            "learned",
+            {"prefill": "a/b", "load": {"keep_within": 0, "price_j": 1000.0}},
+        ),
+        ("static[instances=[{phase: prefill, tp: 2}]]", "static", {"instances": [{"phase": "prefill", "tp": 2}]}),
+    ],
+)
+def test_settings_follow_a_controllers_name_in_brackets(text: str, name: str, settings: dict[str, Any]) -> None:
+    assert parsed_variant(text) == (name, settings)
+
+
+def test_commas_in_brackets_part_no_names() -> None:
+    assert split_names("distserve, learned[prefill=a,decode=b],biscale") == [
+        "distserve",
+        "learned[prefill=a,decode=b]",
+        "biscale",
+    ]
+
+
+def test_an_open_bracket_is_refused() -> None:
+    with pytest.raises(ControllerError, match="closing bracket"):
+        parsed_variant("biscale[decode.headroom=0.85")

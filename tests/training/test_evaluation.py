@@ -9,10 +9,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from biscale_gym.envs.policies import ControllerPolicy, HighestClock
 from biscale_gym.training.algorithms import make_model
 from biscale_gym.training.environments import make_lanes
+from biscale_gym.training.errors import TrainingError
 from biscale_gym.training.evaluation import Evaluator, Played, judged, reference
 from biscale_gym.training.settings import TrainingSettings
 
@@ -108,3 +110,24 @@ def test_a_model_is_scored_alike_every_time(tiny: Make) -> None:
     assert first == second == Evaluator(settings).score(model)
     assert first.energy == pytest.approx(first.scenarios["smoke"]["energy_mj"])
     assert np.isfinite(first.mean_return)
+
+
+def test_a_shielded_policy_is_judged_with_its_shield(tiny: Any) -> None:
+    changes = {"env_id": "BiScale/Decode-v0", "evaluation.episode_s": 20.0}
+    bare, guarded = tiny(changes), tiny({**changes, "shield": {"headroom": 0.01}})
+    model = make_model(bare, make_lanes(bare))
+    # A network that always asks for the lowest clock; no iteration is within a hundredth of the SLO at any.
+    with torch.no_grad():
+        for weights in model.policy.action_net.parameters():
+            weights.zero_()
+        model.policy.action_net.bias[0] = 1.0
+    alone, overruled = Evaluator(bare).score(model), Evaluator(guarded).score(model)
+    assert overruled.ratios["max-clock"] == pytest.approx(1.0, abs=0.02)
+    assert alone.ratios["max-clock"] < 0.9
+
+
+def test_a_shield_of_what_is_no_clock_policy_is_refused(tiny: Any) -> None:
+    settings = tiny({"env_id": "BiScale/Cluster-v0", "shield": {"headroom": 0.9}})
+    model = make_model(settings, make_lanes(settings))
+    with pytest.raises(TrainingError, match="shield"):
+        Evaluator(settings).score(model)
