@@ -19,16 +19,18 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def entries(path: Path) -> Iterator[bytes]:
-    """The log's entries; a checksum that does not fit is an error."""
+    """The log's entries, without one that is still being written; a checksum that does not fit is an error."""
     content = path.read_bytes()
     assert content.startswith(_HEADER), content[:7]
     at, parts = len(_HEADER), b""
-    while at < len(content):
+    while at + 7 <= len(content):
         if _BLOCK - at % _BLOCK < 7:
             at += _BLOCK - at % _BLOCK
             continue
         checksum, length, kind = struct.unpack_from("<IHB", content, at)
         data = content[at + 7 : at + 7 + length]
+        if len(data) < length:
+            return
         assert zlib.crc32(data, zlib.crc32(bytes([kind]))) == checksum, f"{path}: damaged at byte {at}"
         at += 7 + length
         parts = data if kind in (_FULL, _FIRST) else parts + data
