@@ -241,7 +241,7 @@ def test_a_connection_lost_in_the_middle_leaves_a_run_to_upload(
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         tracker = opened(tmp_path, Limits(finish_s=3.0))
         tracker.log({"loss": 1.0}, 1)
-        until(lambda: server.operations.count("UpsertBucket"))
+        until(lambda: "file_stream" in server.operations)
         server.end()
         log_many(tracker, 2)
         until(lambda: all_on_disk(tmp_path))

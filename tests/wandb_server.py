@@ -60,6 +60,7 @@ class WandbServer:
         if path.startswith("/uploads/"):
             self.uploaded.append(path.removeprefix("/uploads/"))
         if path.endswith("/file_stream"):
+            self.operations.append("file_stream")
             chunk = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
             self.lines += [json.loads(line) for line in chunk.get("content", [])]
         if path != "/graphql":
@@ -67,7 +68,8 @@ class WandbServer:
         query = json.loads(body)
         variables = query.get("variables") or {}
         named = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
-        self.operations.append(named[1] if named else "")
+        operation = named[1] if named else ""
+        self.operations.append(operation)
         project = {"id": "p", "name": "testbed", "entity": {"id": "e", "name": "somebody"}}
         bucket = {
             "id": "b",
@@ -79,7 +81,7 @@ class WandbServer:
             "historyLineCount": 0,
             "project": project,
         }
-        if self.operations[-1] == "UpsertSweep":
+        if operation == "UpsertSweep":
             self.sweep = yaml.safe_load(variables["config"])
         viewer = {"id": "v", "entity": "somebody", "username": "somebody", "email": "", "flags": "{}"}
         files = [{"name": name, "uploadUrl": f"{self.url}/uploads/{name}"} for name in variables.get("files") or []]
@@ -94,13 +96,13 @@ class WandbServer:
                     "sweep": {"id": "s", "name": "sweep1", "config": json.dumps(self.sweep), "runs": {"edges": []}}
                 },
                 "createAgent": {"agent": {"id": "a"}},
-                "agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(self._commands())},
+                "agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(self._commands(operation))},
                 "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files},
             }
         }
 
-    def _commands(self) -> list[dict[str, Any]]:
-        if self.operations[-1] != "Heartbeat" or not self.proposals:
+    def _commands(self, operation: str) -> list[dict[str, Any]]:
+        if operation != "Heartbeat" or not self.proposals:
             return []
         values = self.proposals.pop(0)
         command = {"type": "run", "run_id": f"run{len(self.proposals)}", "program": self.sweep["program"]}
