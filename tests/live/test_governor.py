@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live import fake_nvml
+from live.fake_nvml import Cards
+from live.helpers import wait_until
 
 from agents.biscale import BiScale
 from biscale_gym.cluster import features as f
@@ -23,6 +26,7 @@ from biscale_gym.live.devices import Reading, Work
 from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
+from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.records import RecordStream, read_records
 from biscale_gym.profiles import Profile, SwitchingSettings
 
@@ -234,6 +238,35 @@ def test_old_telemetry_means_the_top_clock(profile: Profile, monkeypatch: pytest
     monkeypatch.setattr(device, "reading", lambda: old)
     governor.before(LOADS["decode"])
     assert (device.target_mhz, governor.stale_decisions) == (1980, 1)
+
+
+def test_on_cards_that_cannot_be_read_the_top_clock_is_set(cards: Cards, profile: Profile) -> None:
+    own = InstanceSetting("decode", 1, 1980, 0.1, 100_000, 2048)
+    with NvmlDevice([0], sample_s=0.01) as device:
+        chosen = PhasePolicy(lowest, np.array([0.0]))
+        governor = Governor(own, chosen, device, profile, CLOCKS_MHZ, stale_s=0.3)
+        governor.before(LOADS["decode"])
+        spent = governor.after(0.01)
+        assert spent.energy_j == pytest.approx(0.01 * 100.0)  # of the card, not of the profile
+        wait_until(lambda: cards.locked_mhz[0] == 930)
+        cards[0].read_error = fake_nvml.GPU_IS_LOST
+        time.sleep(0.5)
+        governor.before(LOADS["decode"])
+        wait_until(lambda: cards.locked_mhz[0] == 1980)
+        assert governor.stale_decisions == 1
+
+
+def test_observing_only_the_policy_runs_and_no_clock_is_set(cards: Cards, profile: Profile, tmp_path: Path) -> None:
+    own = InstanceSetting("decode", 1, 1980, 0.1, 100_000, 2048)
+    records = RecordStream(tmp_path / "records.csv")
+    with NvmlDevice([0], mode="observe-only") as device:
+        governor = Governor(own, PhasePolicy(lowest, np.array([0.0])), device, profile, CLOCKS_MHZ, records)
+        governor.before(LOADS["decode"])
+        governor.after(0.01)
+    records.close()
+    (row,) = read_records(records.path)
+    assert (row["target_mhz"], row["clock_mhz"], row["source"]) == (930, 1980, "measured")
+    assert cards.calls == []
 
 
 def test_wrong_answers_and_settings_are_told(profile: Profile) -> None:
