@@ -25,7 +25,7 @@ _njit: Any = numba.njit
 
 def _sources_digest() -> str:
     top = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest = hashlib.sha256(Path(__file__).read_bytes() + numba.__version__.encode())
     for part in _COMPILED_PARTS:
         for source in sorted((top / part).glob("*.py")):
             digest.update(source.name.encode())
@@ -35,7 +35,8 @@ def _sources_digest() -> str:
 
 # Numba notices a change of the file that a function is in, but not of the files it calls into: after an edit of the
 # model, a cached engine would silently go on with the old one. Naming the folder by the sources' content rules that
-# out. A folder that the user chose ($NUMBA_CACHE_DIR) stays the parent.
+# out. Numba's version is in it as well, because one version wipes what another has cached (.venv and .venv-live). A
+# folder that the user chose ($NUMBA_CACHE_DIR) stays the parent.
 _parent = Path(_numba_config.CACHE_DIR) if _numba_config.CACHE_DIR else cache_root() / "numba"
 _numba_config.CACHE_DIR = str(_parent / _sources_digest())
 

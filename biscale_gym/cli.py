@@ -188,6 +188,34 @@ def sweep(
     return sweep_from(config, agent, optuna, out, seed, project)
 
 
+@app.command
+def live(
+    scenario: str = "live-smoke",
+    controllers: str = "max-clock,biscale",
+    workers: str = "cpu",
+    trace: str | None = None,
+    seed: int = 0,
+    out: Path = Path("results/live"),
+) -> int:
+    """Replay a trace through live vLLM workers under controllers' clock policies; the last line is JSON.
+
+    Args:
+        scenario: Scenario preset or YAML file; its placement says which workers there are.
+        controllers: Controller names or module:Class, comma-separated; they run one after another.
+        workers: Preset of live settings, or a YAML file.
+        trace: A recorded trace in place of the scenario's workload.
+        seed: Seed of the trace and of the prompts' tokens.
+        out: Folder of the records, one line per iteration.
+    """
+    from biscale_gym.live import session
+
+    tables, _ = _consoles(None)
+    outcomes = session.serve(scenario, _names(controllers), workers, trace, seed, out)
+    tables.print(session.table(outcomes))
+    print(session.summary(outcomes))
+    return 0
+
+
 @trace_app.command
 def fetch(name: tyro.conf.Positional[str], folder: Path = Path("data/traces"), base_url: str | None = None) -> int:
     """Download a published trace: licence shown, checksum checked, an interrupted download resumed.

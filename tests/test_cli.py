@@ -21,7 +21,7 @@ ROW_KEYS = {
     *("scenario", "controller", "seed", "split", "record"),
     *("prefill_j_per_token", "decode_j_per_token", "gpus_used"),
 }
-COMMANDS = ["", "compare", "simulate", "validate", "trace", "trace fetch", "trace generate", "list", "sweep"]
+COMMANDS = ["", "compare", "simulate", "validate", "live", "trace", "trace fetch", "trace generate", "list", "sweep"]
 
 
 def call(*arguments: str | Path) -> int:

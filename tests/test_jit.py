@@ -52,6 +52,12 @@ def test_other_files_change_nothing(top: Path) -> None:
     assert _jit._sources_digest() == before
 
 
+def test_another_numba_caches_elsewhere(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _jit._sources_digest()
+    monkeypatch.setattr(_jit.numba, "__version__", "0.0.0")
+    assert _jit._sources_digest() != before
+
+
 def test_the_folder_lies_in_the_one_that_the_user_chose(tmp_path: Path) -> None:
     program = "from biscale_gym import _jit; print(_jit._numba_config.CACHE_DIR, _jit._sources_digest())"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -1,0 +1,161 @@
+"""What a worker and its parent tell each other over their pipe; every message is one of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from biscale_gym.cluster.placement import Phase
+from biscale_gym.control.controllers import PlanContext
+from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.vllm_engine import Output
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker is, from its start to its end.
+
+    Attributes:
+        name: for messages and files.
+        phase, tp: of the instance it stands for.
+        model: folder of the model that it runs.
+        settings: of workers.
+        port: of its side channel.
+        core: CPU core that it keeps to.
+        token_budget, max_sequences: of a batch.
+    """
+
+    name: str
+    phase: Phase
+    tp: int
+    model: Path
+    settings: LiveSettings
+    port: int
+    core: int
+    token_budget: int
+    max_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """To a worker: get ready for a run.
+
+    Attributes:
+        controller: whose clock policies to apply.
+        context: what the controller knows.
+        records: file for the iterations.
+    """
+
+    controller: str
+    context: PlanContext
+    records: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """To a worker: the run counts from ``origin_s`` on, on ``time.monotonic``'s scale."""
+
+    origin_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """To a worker: a request.
+
+    Attributes:
+        request: id, unique over attempts.
+        prompt: int32[prompt tokens], token ids.
+        output_tokens: how many to make.
+        kv_params: for vLLM's connector.
+        arrival_s, first_token_s: of the request, from the start of the run; the latter for decode.
+    """
+
+    request: str
+    prompt: npt.NDArray[np.int32]
+    output_tokens: int
+    kv_params: dict[str, Any] | None
+    arrival_s: float
+    first_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """To a worker: forget a request."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """To a worker: end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndRun:
+    """To a worker: close the run's records and report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """From a worker: it is up."""
+
+    kv_capacity_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """From a worker: its clock policy is compiled, its device open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """From a worker: what an iteration brought, and when, from the start of the run."""
+
+    time_s: float
+    outputs: list[Output]
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """From a worker, several times a second: its loop turns.
+
+    Attributes:
+        energy_j: of its device in this run.
+        kv_used_tokens: now.
+    """
+
+    energy_j: float
+    kv_used_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """From a worker at the end of a run.
+
+    Attributes:
+        energy_j: of its device in this run.
+        source: measured or modelled.
+        flags: of its device's telemetry.
+        prompt_tokens: in this run, by source.
+        records_written, records_dropped: iterations on record.
+        stale_decisions: clocks that telemetry was too old for.
+    """
+
+    energy_j: float
+    source: str
+    flags: frozenset[str]
+    prompt_tokens: dict[str, int]
+    records_written: int
+    records_dropped: int
+    stale_decisions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """From a worker: the last words."""
+
+    traceback: str

@@ -1,0 +1,260 @@
+"""Worker processes seen from their parent: started, spoken to, watched over, replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from biscale_gym.cluster.placement import Phase
+from biscale_gym.control.scenario import ScenarioSettings
+from biscale_gym.live import messages as m
+from biscale_gym.live import vllm_engine, worker
+from biscale_gym.live.errors import LiveError
+from biscale_gym.live.settings import LiveSettings
+
+STOP_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """In place of a message: a worker is dead.
+
+    Attributes:
+        why: for people.
+    """
+
+    why: str
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    former = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class WorkerProcess:
+    """One worker; after its death a new process takes its place on ``restart``.
+
+    Attributes:
+        setup: what it is.
+        up: whether its engine is ready.
+        serving: whether it takes requests.
+        kv_used_tokens: as it said last.
+        restarts: how often it was replaced.
+    """
+
+    def __init__(self, setup: m.Setup) -> None:
+        self.setup = setup
+        self.kv_used_tokens = 0
+        self.restarts = -1
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a process; it is ``up`` once it has said so."""
+        self.restarts += 1
+        self.up = self.serving = False
+        self._setting_up = True
+        self.setup = replace(self.setup, port=free_port())
+        context: Any = multiprocessing.get_context("forkserver")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=worker.main, args=(self.setup, theirs), daemon=True)
+        with _environment(vllm_engine.ENVIRONMENT):
+            self._process.start()
+        theirs.close()
+        self.heard_s = time.monotonic()
+        # A worker that hangs does not empty its pipe; who speaks to it must not hang with it.
+        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        threading.Thread(target=_post, args=(self._connection, self._outbox), daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return int(self._process.pid)
+
+    @property
+    def connection(self) -> Connection:
+        """Readable when it has said something, or is dead."""
+        return self._connection  # type: ignore[no-any-return]
+
+    def send(self, message: object) -> None:
+        """Say something; returns at once."""
+        if isinstance(message, m.Run):
+            self._setting_up, self.serving = True, False  # compiling a clock policy takes its time
+        self._outbox.put(message)
+
+    def receive(self) -> Iterator[object]:
+        """What it has said, ``Died`` at the end if it is dead."""
+        try:
+            while self._connection.poll():
+                message = self._connection.recv()
+                self.heard_s = time.monotonic()
+                match message:
+                    case m.Ready():
+                        self.up, self._setting_up = True, False
+                    case m.Begun():
+                        self.serving, self._setting_up = True, False
+                    case m.Alive():
+                        self.kv_used_tokens = message.kv_used_tokens
+                    case m.Broken():
+                        yield Died(f"{self.setup.name} broke down:\n{message.traceback}")
+                        return
+                yield message
+        except (EOFError, OSError):
+            self._process.join(STOP_LIMIT_S)
+            yield Died(f"{self.setup.name} ended with status {self._process.exitcode}")
+
+    def silent_too_long(self) -> str | None:
+        """Why it must be taken for dead, if it must."""
+        limits = self.setup.settings
+        limit_s = limits.start_limit_s if self._setting_up else limits.hung_s
+        silent_s = time.monotonic() - self.heard_s
+        return f"{self.setup.name} has said nothing for {silent_s:.1f} s" if silent_s > limit_s else None
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.up = self.serving = False
+        self._outbox.put(None)
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def await_end(self) -> None:
+        """It was told to stop; kill it if it does not, or is still starting."""
+        self._process.join(STOP_LIMIT_S if self.up else 0.0)
+        self.kill()
+
+
+def _post(connection: Connection, outbox: queue.SimpleQueue[object]) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        while (message := outbox.get()) is not None:
+            connection.send(message)
+
+
+class Pool:
+    """The workers of a scenario's placement.
+
+    Args:
+        scenario: its placement says which workers there are, its batching rules how they batch.
+        settings: of workers.
+        folder: for the model that they run.
+
+    Raises:
+        LiveError: vLLM is not installed, or a worker does not come up.
+    """
+
+    def __init__(self, scenario: ScenarioSettings, settings: LiveSettings, folder: Path) -> None:
+        vllm_engine.require_vllm()
+        self.settings = settings
+        self._scenario = scenario
+        model = vllm_engine.write_model(folder / "model", settings.model, settings.max_model_len)
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*vllm_engine.PRELOAD, worker.__name__])
+        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        self.workers: list[WorkerProcess] = []
+        counts: dict[Phase, int] = {"prefill": 0, "decode": 0}
+        for group in scenario.placement:
+            for _ in range(group.count):
+                self.workers.append(WorkerProcess(self._setup(group.phase, group.tp, counts, model, next(cores))))
+        if not all(counts.values()):
+            self.close()
+            raise LiveError("the scenario's placement needs a prefill and a decode instance to be served live")
+        self._await_all()
+
+    def _setup(self, phase: Phase, tp: int, counts: dict[Phase, int], model: Path, core: int) -> m.Setup:
+        batching = self._scenario.cluster.batching
+        name = f"{phase}-{counts[phase]}"
+        counts[phase] += 1
+        return m.Setup(
+            name,
+            phase,
+            tp,
+            model,
+            self.settings,
+            0,
+            core,
+            batching.prefill_token_budget,
+            batching.max_decode_sequences,
+        )
+
+    def _await_all(self) -> None:
+        try:
+            while not all(each.up for each in self.workers):
+                for _, message in self.messages(1.0):
+                    if isinstance(message, Died):
+                        raise LiveError(message.why)
+        except BaseException:
+            self.close()
+            raise
+
+    def of(self, phase: Phase) -> list[WorkerProcess]:
+        """A phase's workers that take requests."""
+        return [each for each in self.workers if each.setup.phase == phase and each.serving]
+
+    def messages(self, timeout_s: float) -> Iterator[tuple[WorkerProcess, object]]:
+        """What the workers say, ``Died`` of the dead and the hung; waits at most so long for the first."""
+        ready = wait([each.connection for each in self.workers], timeout_s)
+        for each in self.workers:
+            if each.connection in ready:
+                for message in each.receive():
+                    yield each, message
+            elif (why := each.silent_too_long()) is not None:
+                yield each, Died(why)
+
+    def replace(self, dead: WorkerProcess, why: str) -> None:
+        """Put a new process in the place of a dead one.
+
+        Raises:
+            LiveError: it has died too often; ``why`` is in the message.
+        """
+        dead.kill()
+        if dead.restarts >= self.settings.restarts:
+            raise LiveError(f"{dead.setup.name} was replaced {dead.restarts} times, and died again: {why}")
+        dead.restart()
+
+    def close(self) -> None:
+        """End all workers."""
+        for each in self.workers:
+            each.send(m.Stop())
+        for each in self.workers:
+            each.await_end()
+        self.workers.clear()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def all_sources(reports: Sequence[m.Report]) -> dict[str, int]:
+    """Prompt tokens of several workers by source."""
+    totals: dict[str, int] = {}
+    for report in reports:
+        for source, count in report.prompt_tokens.items():
+            totals[source] = totals.get(source, 0) + count
+    return totals

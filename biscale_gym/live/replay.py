@@ -1,0 +1,381 @@
+"""One run: a trace's requests, open loop, through live prefill and decode workers.
+
+Each request takes two hops. A prefill worker computes its prompt and the first token, and answers where the KV lies; a
+decode worker fetches the KV and makes all its tokens, the first once more. As in ``metrics``, TTFT is the time to the
+prefill worker's token, and the tokens after it are the decode worker's second and later ones.
+
+A worker that dies or hangs is replaced. What it had is served from the start again, a bounded number of times; a prompt
+whose KV died with its prefill worker likewise. Latencies are those of the attempt that finished, counted from the
+request's arrival.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from biscale_gym.cluster.ledger import RequestLedger
+from biscale_gym.cluster.placement import PHASES, Phase
+from biscale_gym.control.controllers import PlanContext
+from biscale_gym.live import messages as m
+from biscale_gym.live.errors import LiveError
+from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources
+from biscale_gym.live.records import read_records
+from biscale_gym.live.vllm_engine import FIRST_TOKEN_ID, PREFILL_PARAMS, Output
+from biscale_gym.traces import Trace
+
+FloatArray = npt.NDArray[np.float64]
+Watcher = Callable[[str, int, WorkerProcess], None]
+"""Told of (``prefill`` or ``decode``, the request's number, the worker) just before a request is sent there."""
+
+LEAD_S = 0.2
+"""From the last worker's readiness to time 0 of the run."""
+TURN_S = 0.05
+REPORT_LIMIT_S = 30.0
+
+
+@dataclass(slots=True)
+class _Served:
+    """A request as the client sees it."""
+
+    number: int
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    attempt: int = 0
+    stage: Phase | None = None
+    worker: str = ""
+    prefilled_by: str = ""
+    sent_s: float = float("nan")
+    prefill_sent_s: float = float("nan")
+    first_token: int = -1
+    token_s: list[float] = field(default_factory=list)
+    made: int = 0
+    agrees: bool = True
+    kv_params: dict[str, Any] | None = None
+    state: str = "expected"
+
+    @property
+    def id(self) -> str:
+        """Unique over attempts."""
+        return f"{self.number}.{self.attempt}"
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        controller: whose policies ran.
+        requests: the ledger, times from the start of the run.
+        itl_s: float64[any], times between consecutive tokens of finished requests.
+        lag_s: float64[R], how late the client sent each request, NaN if never.
+        states: how many requests ended ``finished``, ``failed``, ``rejected``, ``unfinished``.
+        retried: attempts beyond the first.
+        replaced: workers that died and were replaced, with why.
+        energy_j: of all workers, from time 0 to ``end_s``; what a dead worker drew after its last message is missing.
+        source: whether it was measured or modelled.
+        end_s: the trace's end or the last token, whichever is later.
+        prompt_tokens: of requests whose decode finished.
+        prompt_tokens_by_source: what decode workers did for their prompts: fetched KV, or computed.
+        first_tokens_agree: whether decode's first token was prefill's in every finished request.
+        control_s: float64[iterations], control time on record.
+        records_dropped: iterations that are not on record.
+    """
+
+    controller: str
+    requests: RequestLedger
+    itl_s: FloatArray
+    lag_s: FloatArray
+    states: dict[str, int]
+    retried: int
+    replaced: tuple[str, ...]
+    energy_j: float
+    source: str
+    end_s: float
+    prompt_tokens: int
+    prompt_tokens_by_source: dict[str, int]
+    first_tokens_agree: bool
+    control_s: FloatArray
+    records_dropped: int
+
+
+class Replay:
+    """One run in progress.
+
+    Args:
+        pool: the workers, all up.
+        trace: arrival times are kept, whatever the workers do.
+        controller: name or ``module:Class``.
+        context: what it knows; its scenario says how long the run may drain.
+        folder: for records, one file per worker.
+        seed: of the prompts' token ids.
+        watcher: see ``Watcher``.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        trace: Trace,
+        controller: str,
+        context: PlanContext,
+        folder: Path,
+        seed: int = 0,
+        watcher: Watcher | None = None,
+    ) -> None:
+        self._pool, self._context, self._folder, self._seed = pool, context, folder, seed
+        self._controller, self._watcher = controller, watcher
+        columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
+        self._served = [_Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
+        self._active: dict[str, _Served] = {}
+        self._queues: dict[Phase, deque[_Served]] = {phase: deque() for phase in PHASES}
+        self._records: list[Path] = []
+        self._energy_j: dict[str, float] = {}  # of the present process of each worker
+        self._lost_j = 0.0
+        self._retried = 0
+        self._replaced: list[str] = []
+        self._origin_s = 0.0
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._origin_s
+
+    def run(self) -> Outcome:
+        """Serve the trace.
+
+        Raises:
+            LiveError: a worker died more often than it may.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for worker in self._pool.workers:
+            if worker.up:
+                self._begin(worker)
+        while not all(worker.serving for worker in self._pool.workers):
+            self._listen(TURN_S)
+        self._origin_s = time.monotonic() + LEAD_S
+        for worker in self._pool.workers:
+            worker.send(m.Go(self._origin_s))
+        scenario = self._context.scenario
+        limit_s = scenario.duration_s + scenario.drain_limit_s
+        coming = deque(self._served)
+        while coming or self._active or any(self._queues.values()):
+            now_s = self._now_s()
+            if now_s > limit_s:
+                break
+            while coming and coming[0].arrival_s <= now_s:
+                self._arrive(coming.popleft())
+            until_s = coming[0].arrival_s - self._now_s() if coming else TURN_S
+            self._listen(min(TURN_S, max(0.0, until_s)))
+        end_s = max(scenario.duration_s, self._now_s())
+        while self._now_s() < end_s:
+            self._listen(min(TURN_S, max(0.0, end_s - self._now_s())))
+        return self._outcome(self._reports(), end_s)
+
+    def _begin(self, worker: WorkerProcess) -> None:
+        path = self._folder / f"{worker.setup.name}{f'.{worker.restarts}' if worker.restarts else ''}.csv"
+        self._records.append(path)
+        self._energy_j[worker.setup.name] = 0.0
+        worker.send(m.Run(self._controller, self._context, path))
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _arrive(self, served: _Served) -> None:
+        settings = self._pool.settings
+        served.sent_s = self._now_s()
+        if served.prompt_tokens + served.output_tokens > settings.max_model_len:
+            served.state = "rejected"
+            return
+        served.state = "unfinished"
+        self._send(served, "prefill")
+
+    def _prompt(self, served: _Served) -> npt.NDArray[np.int32]:
+        rng = np.random.default_rng([self._seed, served.number])
+        highest = self._pool.settings.model.vocabulary
+        return rng.integers(FIRST_TOKEN_ID, highest, served.prompt_tokens, dtype=np.int32)
+
+    def _send(self, served: _Served, phase: Phase) -> None:
+        """To the phase's worker with the fewest requests, or into the queue while there is none."""
+        workers = self._pool.of(phase)
+        if not workers:
+            self._queues[phase].append(served)
+            return
+        held = [each.worker for each in self._active.values()]
+        worker = min(workers, key=lambda each: held.count(each.setup.name))
+        served.stage, served.worker = phase, worker.setup.name
+        self._active[served.id] = served
+        if self._watcher is not None:
+            self._watcher(phase, served.number, worker)
+        kv_params, output_tokens, first_token_s = served.kv_params, served.output_tokens, 0.0
+        if phase == "prefill":
+            served.prefill_sent_s, served.prefilled_by = self._now_s(), worker.setup.name
+            kv_params, output_tokens = (PREFILL_PARAMS if served.output_tokens > 1 else None), 1
+        else:
+            first_token_s = served.token_s[0]
+        prompt = self._prompt(served)
+        worker.send(m.Add(served.id, prompt, output_tokens, kv_params, served.arrival_s, first_token_s))
+
+    def _again(self, served: _Served) -> None:
+        """Serve a request from the start, if it may have another attempt."""
+        self._active.pop(served.id, None)
+        if served.attempt == self._pool.settings.retries:
+            served.state = "failed"
+            return
+        self._retried += 1
+        served.attempt += 1
+        served.token_s, served.made, served.kv_params = [], 0, None
+        self._send(served, "prefill")
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def _listen(self, timeout_s: float) -> None:
+        for worker, message in self._pool.messages(timeout_s):
+            match message:
+                case m.Tokens():
+                    for output in message.outputs:
+                        self._take(output)
+                case m.Alive():
+                    self._energy_j[worker.setup.name] = message.energy_j
+                case m.Ready():
+                    self._begin(worker)
+                case m.Begun() if self._origin_s:
+                    worker.send(m.Go(self._origin_s))
+                    waiting = self._queues[worker.setup.phase]
+                    for _ in range(len(waiting)):
+                        self._send(waiting.popleft(), worker.setup.phase)
+                case Died():
+                    self._mourn(worker, message.why)
+                    return  # the other workers are heard again in the next turn
+
+    def _take(self, output: Output) -> None:
+        served = self._active.get(output.request)
+        if served is None:
+            return  # of an attempt that was given up
+        now_s = self._now_s()
+        if output.failed:
+            self._again(served)
+            return
+        if served.stage == "prefill":
+            self._prefilled(served, output, now_s)
+            return
+        for token in output.tokens:
+            served.made += 1
+            if served.made == 1:
+                served.agrees = token == served.first_token
+            else:
+                served.token_s.append(now_s)
+        if output.finished:
+            del self._active[served.id]
+            if served.made != served.output_tokens:
+                raise LiveError(f"request {served.number} has {served.made} tokens in place of {served.output_tokens}")
+            served.state = "finished"
+
+    def _prefilled(self, served: _Served, output: Output, now_s: float) -> None:
+        if not output.finished:
+            return
+        served.token_s, served.first_token = [now_s], output.tokens[0]
+        served.kv_params = output.kv_params
+        del self._active[served.id]
+        if served.output_tokens == 1:
+            served.state = "finished"
+        else:
+            self._send(served, "decode")
+
+    def _mourn(self, dead: WorkerProcess, why: str) -> None:
+        name = dead.setup.name
+        self._replaced.append(why)
+        self._lost_j += self._energy_j.pop(name, 0.0)
+        self._pool.replace(dead, why)
+        waiting = self._queues["decode"]
+        for served in [each for each in waiting if each.prefilled_by == name]:
+            waiting.remove(served)
+            self._again(served)
+        for served in list(self._active.values()):
+            if served.worker == name:
+                self._again(served)
+            elif served.stage == "decode" and served.prefilled_by == name and served.made == 0:
+                # Its KV may have gone down with the prefill worker.
+                next(each for each in self._pool.workers if each.setup.name == served.worker).send(m.Abort(served.id))
+                self._again(served)
+
+    def _reports(self) -> list[tuple[WorkerProcess, m.Report]]:
+        # A worker that is still starting has nothing to report of this run.
+        awaited = {worker.setup.name for worker in self._pool.workers if worker.serving}
+        for worker in self._pool.workers:
+            if worker.serving:
+                worker.send(m.EndRun())
+        reports: list[tuple[WorkerProcess, m.Report]] = []
+        limit_s = time.monotonic() + REPORT_LIMIT_S
+        while awaited and time.monotonic() < limit_s:
+            for worker, message in self._pool.messages(TURN_S):
+                if isinstance(message, m.Report):
+                    reports.append((worker, message))
+                    awaited.discard(worker.setup.name)
+                    self._energy_j.pop(worker.setup.name, None)
+                elif isinstance(message, Died):
+                    self._mourn(worker, message.why)
+                    awaited.discard(worker.setup.name)
+                    break
+        self._lost_j += sum(self._energy_j.values())
+        return reports
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    def _outcome(self, reports: list[tuple[WorkerProcess, m.Report]], end_s: float) -> Outcome:
+        states = dict.fromkeys(("finished", "failed", "rejected", "unfinished"), 0)
+        for served in self._served:
+            state = "unfinished" if served.state == "expected" else served.state
+            states[state] += 1
+        finished = [served for served in self._served if served.state == "finished"]
+        decoded = [served for served in finished if served.output_tokens > 1]
+        gaps = [np.diff(served.token_s) for served in finished]
+        decode_reports = [report for worker, report in reports if worker.setup.phase == "decode"]
+        sources = {report.source for _, report in reports}
+        return Outcome(
+            controller=self._controller,
+            requests=self._ledger(),
+            itl_s=np.concatenate(gaps) if gaps else np.zeros(0),
+            lag_s=np.array([served.sent_s - served.arrival_s for served in self._served]),
+            states=states,
+            retried=self._retried,
+            replaced=tuple(self._replaced),
+            energy_j=self._lost_j + sum(report.energy_j for _, report in reports),
+            source=" and ".join(sorted(sources)),
+            end_s=end_s,
+            prompt_tokens=sum(served.prompt_tokens for served in decoded),
+            prompt_tokens_by_source=all_sources(decode_reports),
+            first_tokens_agree=all(served.agrees for served in decoded),
+            control_s=np.concatenate([read_records(path)["control_s"] for path in self._records if path.is_file()]),
+            records_dropped=sum(report.records_dropped for _, report in reports),
+        )
+
+    def _ledger(self) -> RequestLedger:
+        numbers = {worker.setup.name: number for number, worker in enumerate(self._pool.workers)}
+        rows = self._served
+        ended = [served.state == "finished" for served in rows]
+
+        def times(value: Callable[[_Served], float]) -> FloatArray:
+            return np.array([value(served) for served in rows], dtype=np.float64)
+
+        nan = float("nan")
+        return RequestLedger(
+            arrival_s=times(lambda served: served.arrival_s),
+            prefill_start_s=times(lambda served: served.prefill_sent_s),
+            first_token_s=times(lambda served: served.token_s[0] if served.token_s else nan),
+            delivered_s=np.full(len(rows), nan),
+            finish_s=times(lambda served: served.token_s[-1] if served.state == "finished" else nan),
+            prompt_tokens=np.array([served.prompt_tokens for served in rows], dtype=np.int64),
+            output_tokens=np.array([served.output_tokens for served in rows], dtype=np.int64),
+            prefill_instance=np.array([numbers.get(served.prefilled_by, -1) for served in rows], dtype=np.int64),
+            decode_instance=np.array(
+                [numbers[served.worker] if served.stage == "decode" else -1 for served in rows], dtype=np.int64
+            ),
+            preemptions=np.zeros(len(rows), np.int64),
+            finished=np.array(ended, dtype=np.bool_),
+            rejected=np.array([served.state == "rejected" for served in rows], dtype=np.bool_),
+        )

@@ -1,0 +1,123 @@
+"""``biscale-gym live``: controllers one after another on the same live workers and the same trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from biscale_gym.config import load_preset
+from biscale_gym.control.controllers import PlanContext, make_controller
+from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.workload import requests_for
+from biscale_gym.live.pool import Pool
+from biscale_gym.live.replay import Outcome, Replay
+from biscale_gym.live.settings import LiveSettings
+from biscale_gym.metrics import tpot_s, ttft_s
+from biscale_gym.traces import Trace
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def prepared(scenario: ScenarioSettings, trace_file: str | None, seed: int) -> tuple[Trace, PlanContext]:
+    """The trace to replay, and what controllers know.
+
+    Raises:
+        ConfigError, TraceError, ProfileError: a scenario or trace that cannot be used.
+    """
+    profile = scenario.cluster.profile()
+    requests = requests_for(scenario, profile, "test" if trace_file is None else "all", seed, trace_file, None)
+    clocks_mhz = {*scenario.clocks_mhz, scenario.top_clock_mhz}
+    context = PlanContext(
+        scenario, profile, requests.training, requests.mean_rate_rps, clocks_mhz=tuple(sorted(clocks_mhz))
+    )
+    return requests.evaluated, context
+
+
+def serve(
+    scenario_name: str,
+    controllers: Sequence[str],
+    preset: str,
+    trace_file: str | None,
+    seed: int,
+    folder: Path,
+) -> list[Outcome]:
+    """Serve the scenario's trace live under each controller's clock policies.
+
+    Args:
+        scenario_name: its placement says which workers there are; a phase without a policy holds its top clock.
+        controllers: names or ``module:Class``.
+        preset: of live settings, or a file.
+        trace_file: in place of the scenario's workload.
+        seed: of the trace and of the prompts' token ids.
+        folder: for records.
+
+    Raises:
+        ConfigError, TraceError, ControllerError, LiveError: what is wrong.
+    """
+    scenario = load_scenario(scenario_name)
+    settings = load_preset(LiveSettings, "live", preset)
+    trace, context = prepared(scenario, trace_file, seed)
+    for name in controllers:
+        make_controller(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Pool(scenario, settings, folder) as pool:
+        return [Replay(pool, trace, name, context, folder / name.replace(":", "."), seed).run() for name in controllers]
+
+
+def _quantile_ms(values_s: FloatArray, percent: float) -> str:
+    quantile = _quantile(values_s, percent, 1e3)
+    return "–" if quantile is None else f"{quantile:.1f}"
+
+
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """The runs side by side."""
+    made = Table(title="live workers")
+    columns = ("controller", "finished", "retried", "TTFT p50, p99 ms", "TPOT p50, p99 ms", "ITL p99 ms", "energy J")
+    for column in (*columns, "KV fetched", "client lag p99 ms", "control ms"):
+        made.add_column(column)
+    for outcome in outcomes:
+        ttft, tpot = ttft_s(outcome.requests), tpot_s(outcome.requests)
+        made.add_row(
+            outcome.controller,
+            f"{outcome.states['finished']} of {sum(outcome.states.values())}",
+            str(outcome.retried),
+            f"{_quantile_ms(ttft, 50)}, {_quantile_ms(ttft, 99)}",
+            f"{_quantile_ms(tpot, 50)}, {_quantile_ms(tpot, 99)}",
+            _quantile_ms(outcome.itl_s, 99),
+            f"{outcome.energy_j:,.0f} {outcome.source}",
+            f"{outcome.prompt_tokens_by_source.get('external_kv_transfer', 0)} of {outcome.prompt_tokens}",
+            _quantile_ms(outcome.lag_s, 99),
+            f"{_quantile(outcome.control_s, 50, 1e3) or 0.0:.3f}",
+        )
+    return made
+
+
+def _quantile(values: FloatArray, percent: float, scale: float = 1.0) -> float | None:
+    """Of the values that are there; None without any."""
+    kept = values[np.isfinite(values)]
+    return scale * float(np.percentile(kept, percent)) if kept.size else None
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """One line of JSON: latencies, transfer and overhead of the last run, energy of all."""
+    last = outcomes[-1]
+    return json.dumps(
+        {
+            "requests": len(last.requests.arrival_s),
+            "requests_finished": last.states["finished"],
+            "requests_retried": last.retried,
+            "ttft_p50_s": _quantile(ttft_s(last.requests), 50.0),
+            "tpot_p50_s": _quantile(tpot_s(last.requests), 50.0),
+            "prompt_tokens_transferred": last.prompt_tokens_by_source.get("external_kv_transfer", 0),
+            "prompt_tokens_total": last.prompt_tokens,
+            "first_tokens_agree": last.first_tokens_agree,
+            f"{last.source}_energy_j": {outcome.controller: round(outcome.energy_j, 3) for outcome in outcomes},
+            "client_lag_p99_s": _quantile(last.lag_s, 99.0),
+            "control_overhead_median_ms": _quantile(last.control_s, 50.0, 1e3),
+        }
+    )

@@ -1,0 +1,257 @@
+"""A worker process: one vLLM engine, its device, and the governor between them.
+
+Its loop takes messages from the parent, steps the engine, and sends what came of it. It ends when the parent does,
+however the parent ended.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+
+from biscale_gym.cluster.simulator import PhasePolicy
+from biscale_gym.control.controllers import make_controller
+from biscale_gym.live import messages as m
+from biscale_gym.live.devices import Device
+from biscale_gym.live.emulated import EmulatedDevice
+from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
+from biscale_gym.live.records import RecordStream
+from biscale_gym.live.signals import ending_signals_raise
+from biscale_gym.live.vllm_engine import Batch, Engine, Output
+
+BEAT_S = 0.1
+"""Period of ``Alive``."""
+IDLE_WAIT_S = 0.02
+EMPTY_STEP_S = 0.0005
+"""Pause after a step that computed nothing, so that waiting for KV does not fill a core."""
+ORPHAN_GRACE_S = 3.0
+"""A worker whose parent is gone ends by itself within this, or is ended."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that is here: queued, waiting for its KV, or running."""
+
+    prompt_tokens: int
+    output_tokens: int
+    arrival_s: float
+    first_token_s: float
+    made: int = 0
+
+
+class _Run:
+    """One run's part of a worker: device, governor, records, counts."""
+
+    def __init__(self, setup: m.Setup, engine: Engine, run: m.Run) -> None:
+        self.setup, self.engine = setup, engine
+        context = run.context
+        cluster, slo = context.scenario.cluster, context.scenario.slo
+        self.slo_s = slo.tpot_s if setup.phase == "decode" else slo.ttft_s - 1e-3 * cluster.serving_overhead_ms
+        prefill, decode = make_controller(run.controller).policies(context)
+        policy: PhasePolicy | None = prefill if setup.phase == "prefill" else decode
+        profile = context.scenario.cluster.profile().for_phase(setup.phase)
+        self.device: Device = EmulatedDevice(profile, setup.tp, context.clocks_mhz, cluster.switching_settings())
+        self.records = RecordStream(run.records)
+        instance = InstanceSetting(
+            setup.phase,
+            setup.tp,
+            context.scenario.top_clock_mhz,
+            self.slo_s,
+            engine.kv_capacity_tokens,
+            setup.token_budget,
+            max_batch=setup.max_sequences,
+        )
+        self.governor = Governor(
+            instance,
+            policy,
+            self.device,
+            context.profile,
+            context.clocks_mhz,
+            self.records,
+            setup.settings.stale_s,
+        )
+        self.wants_slack = policy is not None and policy.slack
+        self.requests: dict[str, _Request] = {}  # in order of arrival here
+        self.routed = self.completed = self.late = 0
+        self.tokens_before = engine.prompt_tokens_by_source()
+        self.began_j = 0.0
+        self._empty = True
+        engine.hook(self._before, self._after)
+
+    def go(self, origin_s: float) -> None:
+        self.governor.origin_s = origin_s
+        self.began_j = self.device.reading().energy_j
+
+    @property
+    def energy_j(self) -> float:
+        """Of the device since ``go``."""
+        return self.device.reading().energy_j - self.began_j
+
+    def add(self, add: m.Add) -> None:
+        self.requests[add.request] = _Request(len(add.prompt), add.output_tokens, add.arrival_s, add.first_token_s)
+        self.routed += 1
+        self.engine.add(add.request, add.prompt.tolist(), add.output_tokens, add.kv_params)
+
+    def abort(self, request: str) -> None:
+        if self.requests.pop(request, None) is not None:
+            self.engine.abort(request)
+
+    def _before(self, batch: Batch) -> None:
+        self._empty = not batch.tokens
+        if not self._empty:
+            self.governor.before(self._load(batch))
+
+    def _after(self, computed_s: float) -> None:
+        if not self._empty:
+            self.governor.after(computed_s)
+
+    @property
+    def computed(self) -> bool:
+        """Whether the last step computed anything."""
+        return not self._empty
+
+    def _load(self, batch: Batch) -> Load:
+        decode = self.setup.phase == "decode"
+        behind, waiting, oldest_s, slack_s = 0, [], float("inf"), []
+        queue_tokens = 0
+        now_s = self.governor.now_s()
+        for name, request in self.requests.items():
+            if name in batch.tokens:
+                oldest_s = min(oldest_s, request.arrival_s)
+                if self.wants_slack and decode:
+                    slack_s.append(request.first_token_s + self.slo_s * max(0, request.made - 1) - now_s)
+            if decode:
+                if name not in batch.tokens:
+                    behind, queue_tokens = behind + 1, queue_tokens + request.prompt_tokens
+                continue
+            done = self.engine.computed_tokens(name)
+            if done < request.prompt_tokens:
+                waiting.append(WaitingPrompt(request.prompt_tokens, done, request.arrival_s))
+                if done == 0:
+                    behind, queue_tokens = behind + 1, queue_tokens + request.prompt_tokens
+        return Load(
+            batch.work,
+            oldest_s,
+            self.engine.kv_used_tokens,
+            behind,
+            queue_tokens,
+            waiting,
+            slack_s,
+            self.routed,
+            self.completed,
+            self.late,
+        )
+
+    def idle(self) -> None:
+        self.governor.idle(self._load(Batch(Load().work, {})))
+
+    def take(self, outputs: Iterable[Output]) -> m.Tokens | None:
+        """Count what an iteration brought; a message if there is anything to tell."""
+        told = list(outputs)
+        now_s = self.governor.now_s()
+        for output in told:
+            request = self.requests.get(output.request)
+            if request is None:
+                continue
+            request.made += len(output.tokens)
+            if output.finished:
+                del self.requests[output.request]
+                self.completed += not output.failed
+                if self.setup.phase == "prefill":
+                    self.late += now_s - request.arrival_s > self.slo_s
+                else:
+                    self.late += now_s - request.first_token_s > self.slo_s * (request.output_tokens - 1)
+        return m.Tokens(now_s, told) if told else None
+
+    def end(self) -> m.Report:
+        energy_j, flags = self.energy_j, self.device.reading().flags
+        self.device.close()
+        self.records.close()
+        tokens = {
+            source: count - self.tokens_before.get(source, 0)
+            for source, count in self.engine.prompt_tokens_by_source().items()
+        }
+        return m.Report(
+            energy_j,
+            self.device.source,
+            flags,
+            tokens,
+            self.records.written,
+            self.records.dropped,
+            self.governor.stale_decisions,
+        )
+
+
+def _serve(setup: m.Setup, connection: Connection) -> None:
+    engine = Engine(setup.phase, setup.model, setup.settings, setup.token_budget, setup.max_sequences, setup.port)
+    connection.send(m.Ready(engine.kv_capacity_tokens))
+    run: _Run | None = None
+    beat_s = 0.0
+    try:
+        while True:
+            pause_s = 0.0 if engine.busy else IDLE_WAIT_S
+            while connection.poll(pause_s):
+                pause_s = 0.0
+                message = connection.recv()
+                match message:
+                    case m.Add() if run is not None:
+                        run.add(message)
+                    case m.Abort() if run is not None:
+                        run.abort(message.request)
+                    case m.Run():
+                        run = _Run(setup, engine, message)
+                        connection.send(m.Begun())
+                    case m.Go() if run is not None:
+                        run.go(message.origin_s)
+                    case m.EndRun() if run is not None:
+                        connection.send(run.end())
+                        run = None
+                    case m.Stop():
+                        return
+            if engine.busy:
+                outputs = list(engine.step())
+                told = run.take(outputs) if run is not None else None
+                if told is not None:
+                    connection.send(told)
+                if run is None or not run.computed:
+                    time.sleep(EMPTY_STEP_S)
+            elif run is not None:
+                run.idle()
+            now_s = time.monotonic()
+            if now_s - beat_s > BEAT_S:
+                beat_s = now_s
+                connection.send(m.Alive(0.0 if run is None else run.energy_j, engine.kv_used_tokens))
+    finally:
+        if run is not None:
+            run.device.close()
+            run.records.close()
+        engine.close()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, even if the loop hangs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    time.sleep(ORPHAN_GRACE_S)
+    os._exit(1)
+
+
+def main(setup: m.Setup, connection: Connection) -> None:
+    """A worker's life."""
+    os.sched_setaffinity(0, {setup.core})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with ending_signals_raise():
+            _serve(setup, connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        pass  # the parent is gone, or a terminal's Ctrl-C has reached both
+    except Exception:
+        connection.send(m.Broken(traceback.format_exc()))
+        raise

@@ -1,0 +1,308 @@
+"""Real vLLM workers on CPU cores: serving, KV transfer, and what happens when a worker or the parent dies.
+
+They need the environment of ``make live-cpu``: ``.venv-live/bin/python -m pytest -m live tests/live``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live.helpers import ROOT, wait_until
+
+from biscale_gym.config import load_preset
+from biscale_gym.control.controllers import PlanContext
+from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.live.errors import LiveError
+from biscale_gym.live.pool import Pool, WorkerProcess
+from biscale_gym.live.records import read_records
+from biscale_gym.live.replay import Outcome, Replay, Watcher
+from biscale_gym.live.session import prepared
+from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.worker import ORPHAN_GRACE_S
+from biscale_gym.metrics import tpot_s, ttft_s
+from biscale_gym.traces import Trace
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="no vLLM here (make live-cpu makes .venv-live)"
+    ),
+]
+
+HUNG_S, LEASE_S = 10.0, 6
+Play = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def scenario() -> ScenarioSettings:
+    return load_scenario("live-smoke", {"duration_s": 4.0, "training_s": 60.0, "drain_limit_s": 300.0})
+
+
+@pytest.fixture(scope="module")
+def settings() -> LiveSettings:
+    changes = {"hung_s": HUNG_S, "kv_lease_s": LEASE_S, "restarts": 9}
+    return load_preset(LiveSettings, "live", "cpu").model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def pool(
+    scenario: ScenarioSettings, settings: LiveSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pool]:
+    with Pool(scenario, settings, tmp_path_factory.mktemp("live")) as started:
+        yield started
+
+
+def steady(count: int = 8, prompt_tokens: int = 300, output_tokens: int = 20) -> Trace:
+    """A request every 0.3 s, each of its own length."""
+    numbers = np.arange(count)
+    return Trace(0.3 * numbers, prompt_tokens + numbers, output_tokens + numbers, "steady")
+
+
+@pytest.fixture
+def play(pool: Pool, scenario: ScenarioSettings, tmp_path: Path) -> Play:
+    def run(trace: Trace | None = None, controller: str = "max-clock", watcher: Watcher | None = None) -> Outcome:
+        context = prepared(scenario, None, 0)[1]
+        return Replay(pool, trace or steady(), controller, context, tmp_path / "records", 0, watcher).run()
+
+    return run
+
+
+def everything_finished(outcome: Outcome) -> None:
+    assert outcome.states == {"finished": len(outcome.requests.arrival_s), "failed": 0, "rejected": 0, "unfinished": 0}
+    assert outcome.first_tokens_agree
+
+
+def settled(pool: Pool, phase: str) -> bool:
+    """Listen for a moment; whether no KV is held by a phase's workers."""
+    for _ in pool.messages(0.1):
+        pass
+    return all(worker.kv_used_tokens == 0 for worker in pool.workers if worker.setup.phase == phase)
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_prompts_kv_is_transferred_and_lengths_are_exact(play: Play, pool: Pool, tmp_path: Path) -> None:
+    trace = steady()
+    outcome = play(trace)
+    everything_finished(outcome)
+    assert outcome.prompt_tokens == int(trace.prompt_tokens.sum())
+    assert outcome.prompt_tokens_by_source.get("external_kv_transfer") == outcome.prompt_tokens
+    assert outcome.prompt_tokens_by_source.get("local_compute", 0) == 0
+    assert len(outcome.itl_s) == int((trace.output_tokens - 1).sum())
+    assert (outcome.lag_s >= 0.0).all()
+    assert np.median(outcome.lag_s) < 0.1
+    np.testing.assert_allclose(outcome.requests.arrival_s, trace.arrival_s)
+    assert (ttft_s(outcome.requests) > 0.0).all()
+    spans_s = tpot_s(outcome.requests) * (trace.output_tokens - 1)
+    assert spans_s.sum() == pytest.approx(outcome.itl_s.sum())
+    rows = {name: read_records(tmp_path / "records" / f"{name}.csv") for name in ("prefill-0", "decode-0")}
+    assert rows["prefill-0"]["prefill_tokens"].sum() == outcome.prompt_tokens
+    assert rows["prefill-0"]["batch"].sum() == 0
+    assert rows["decode-0"]["batch"].sum() == int(trace.output_tokens.sum())  # the first token once more
+    assert rows["decode-0"]["prefill_tokens"].sum() == 0
+    assert all(set(each["source"]) == {"modelled"} for each in rows.values())
+    busy_j = sum(each["energy_j"].sum() for each in rows.values())
+    assert 0.0 < busy_j < outcome.energy_j
+    assert settled(pool, "prefill")
+
+
+def test_clock_policies_act_on_live_workers(play: Play, tmp_path: Path) -> None:
+    def decode_records() -> np.ndarray:
+        return read_records(tmp_path / "records" / "decode-0.csv")
+
+    play()
+    top = decode_records()
+    assert set(top["clock_mhz"]) == {1980}
+    low = play(controller="biscale")
+    everything_finished(low)
+    rows = decode_records()
+    assert low.source == "modelled"
+    assert rows["energy_j"].sum() / rows["duration_s"].sum() < 0.8 * top["energy_j"].sum() / top["duration_s"].sum()
+    lowered = rows[rows["clock_mhz"] < 1980]
+    assert len(lowered) > 20
+    assert np.median(lowered["duration_s"] / lowered["computed_s"]) > 1.05
+    assert np.median(low.control_s) < 0.3e-3
+
+
+def test_what_does_not_fit_is_rejected_and_one_token_needs_no_decode(play: Play, pool: Pool) -> None:
+    trace = Trace(np.array([0.0, 0.1, 0.2]), np.array([2040, 200, 100]), np.array([100, 1, 2]), "odd")
+    outcome = play(trace)
+    assert outcome.states == {"finished": 2, "failed": 0, "rejected": 1, "unfinished": 0}
+    assert outcome.prompt_tokens == outcome.prompt_tokens_by_source["external_kv_transfer"] == 100
+    wait_until(lambda: settled(pool, "prefill"), 2.0)
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Local addresses on which processes listen, as /proc shows them."""
+    sockets = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                sockets.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            cells = line.split()
+            if cells[3] == "0A" and cells[9] in sockets:
+                found.add(cells[1].partition(":")[0])
+    return found
+
+
+def test_nothing_listens_beyond_loopback(play: Play, pool: Pool) -> None:
+    play(steady(2))
+    found = listening_addresses({os.getpid(), *(worker.pid for worker in pool.workers)})
+    assert found  # the side channels
+    assert found <= {"0100007F", "00000000000000000000000001000000"}
+
+
+# -- deaths ------------------------------------------------------------------------------------------------------------
+
+
+def when(phase: str, number: int, act: Callable[[WorkerProcess], None]) -> Watcher:
+    """Act once, when a request is about to be sent to a phase's worker."""
+    done = []
+
+    def watch(stage: str, request: int, worker: WorkerProcess) -> None:
+        if (stage, request) == (phase, number) and not done:
+            done.append(request)
+            act(worker)
+
+    return watch
+
+
+def kill(worker: WorkerProcess) -> None:
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_decode_killed_before_its_pull(play: Play, pool: Pool) -> None:
+    pinned: list[int] = []
+
+    def before_pull(worker: WorkerProcess) -> None:
+        kill(worker)
+        threading.Timer(1.0, lambda: pinned.append(pool.workers[0].kv_used_tokens)).start()
+
+    outcome = play(watcher=when("decode", 3, before_pull))
+    everything_finished(outcome)
+    assert outcome.retried >= 1
+    assert "decode-0 ended with status -9" in outcome.replaced
+    assert pinned[0] > 0  # nobody fetches this prompt's KV any more ...
+    wait_until(lambda: settled(pool, "prefill"), LEASE_S + 60.0)  # ... and its lease ends
+
+
+def test_decode_killed_in_the_midst_of_a_transfer(play: Play, pool: Pool) -> None:
+    """Prefill stands still, so that the transfer has begun and cannot end when decode dies."""
+    prefill = pool.workers[0]
+
+    def in_transfer(worker: WorkerProcess) -> None:
+        os.kill(prefill.pid, signal.SIGSTOP)
+
+        def end() -> None:
+            kill(worker)
+            os.kill(prefill.pid, signal.SIGCONT)
+
+        threading.Timer(0.7, end).start()
+
+    outcome = play(watcher=when("decode", 2, in_transfer))
+    everything_finished(outcome)
+    assert outcome.retried >= 1
+    assert "decode-0 ended with status -9" in outcome.replaced
+    wait_until(lambda: settled(pool, "prefill"), LEASE_S + 60.0)
+
+
+def test_prefill_killed_with_prompts_and_pinned_kv(play: Play) -> None:
+    outcome = play(watcher=when("prefill", 4, kill))
+    everything_finished(outcome)
+    assert outcome.retried >= 1
+    assert "prefill-0 ended with status -9" in outcome.replaced
+
+
+def test_a_worker_that_hangs_is_replaced(play: Play) -> None:
+    outcome = play(watcher=when("decode", 3, lambda worker: os.kill(worker.pid, signal.SIGSTOP)))
+    everything_finished(outcome)
+    assert any(why.startswith("decode-0 has said nothing for 1") for why in outcome.replaced)
+
+
+def test_a_request_whose_workers_die_again_and_again_fails(play: Play, settings: LiveSettings) -> None:
+    def watch(phase: str, number: int, worker: WorkerProcess) -> None:
+        if (phase, number) == ("decode", 0):
+            kill(worker)
+
+    outcome = play(steady(1), watcher=watch)
+    assert outcome.states["failed"] == 1
+    assert outcome.retried == settings.retries
+    assert outcome.replaced.count("decode-0 ended with status -9") == settings.retries + 1
+
+
+def test_a_worker_that_dies_too_often_ends_the_run(play: Play, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    none_left = pool.settings.model_copy(update={"restarts": 0})
+    monkeypatch.setattr(pool, "settings", none_left)
+    with pytest.raises(LiveError, match=r"prefill-0 was replaced \d+ times, and died again: .* status -9"):
+        play(watcher=when("prefill", 1, kill))
+    monkeypatch.undo()
+    pool.workers[0].restart()
+    while not pool.workers[0].up:
+        list(pool.messages(0.1))
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie until its parent, the forkserver, has ended too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from biscale_gym.config import load_preset
+from biscale_gym.control.scenario import load_scenario
+from biscale_gym.live.pool import Pool
+from biscale_gym.live.replay import Replay
+from biscale_gym.live.session import prepared
+from biscale_gym.live.settings import LiveSettings
+if __name__ == "__main__":
+    scenario = load_scenario("live-smoke")
+    trace, context = prepared(scenario, None, 0)
+    with Pool(scenario, load_preset(LiveSettings, "live", "cpu"), Path(sys.argv[1])) as pool:
+        print(*(worker.pid for worker in pool.workers), flush=True)
+        Replay(pool, trace, "max-clock", context, Path(sys.argv[1]) / "records").run()
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    program = tmp_path / "parent.py"
+    program.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, program, tmp_path], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    time.sleep(2.0)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_until(lambda: all(ended(pid) for pid in pids), ORPHAN_GRACE_S + 60.0)
+
+
+def test_the_context_of_workers_can_be_sent(scenario: ScenarioSettings) -> None:
+    import pickle
+
+    context = prepared(scenario, None, 0)[1]
+    again: PlanContext = pickle.loads(pickle.dumps(context))
+    assert again.clocks_mhz == context.clocks_mhz == (930, 1410, 1830, 1980)
