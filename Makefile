@@ -25,7 +25,7 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(DEMO)
 
 demo: $(DEMO)
-	$(BIN)/biscale-gym compare --scenario paper-67 --controllers distserve,place-only,biscale --seeds 3 --out results/demo
+	$(BIN)/biscale-gym compare --scenario paper-67 --controllers distserve,place-only,biscale,learned --seeds 3 --out results/demo
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2

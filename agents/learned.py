@@ -41,7 +41,7 @@ class LoadPlacementSettings(Settings):
     """Joules that a request outside its SLO counts."""
     shares: int = Field(default=24, ge=2)
     """Into how many parts a phase's rate is divided among its instances."""
-    keep_within: float = Field(default=0.05, ge=0.0)
+    keep_within: float = Field(default=0.1, ge=0.0)
     """The present instances stay while their cost is within this share of the optimum's."""
     forecast_error: float = Field(default=0.1, ge=0.0)
     """Relative standard deviation of the forecast's error."""
