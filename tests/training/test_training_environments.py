@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import yaml
 
 from biscale_gym.config import presets_dir
-from biscale_gym.sb3 import make_vec_env
+from biscale_gym.sb3 import GymnasiumVecEnv
 from biscale_gym.training.algorithms import make_model
 from biscale_gym.training.environments import make_lanes
 from biscale_gym.training.errors import TrainingError
@@ -34,7 +35,7 @@ def test_lanes_are_those_of_each_scenario(tiny: Make, busier: str) -> None:
     lanes = make_lanes(settings)
     assert [part.num_envs for part in lanes.parts] == [3, 2]
     alone = [
-        make_vec_env(settings.env_id, count, scenario=name, **settings.env)
+        GymnasiumVecEnv(gymnasium.make_vec(settings.env_id, count, scenario=name, **settings.env), keep_infos=True)
         for name, count in (("smoke", 3), (busier, 2))
     ]
     lanes.seed(7)
