@@ -25,7 +25,6 @@ class Setup:
         model: folder of the model that it runs.
         settings: of workers.
         port: of its side channel.
-        core: CPU core that it keeps to.
         token_budget, max_sequences: of a batch.
     """
 
@@ -35,7 +34,6 @@ class Setup:
     model: Path
     settings: LiveSettings
     port: int
-    core: int
     token_budget: int
     max_sequences: int
 

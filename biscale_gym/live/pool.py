@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import queue
@@ -174,18 +173,17 @@ class Pool:
         self._scenario = scenario
         model = vllm_engine.write_model(folder / "model", settings.model, settings.max_model_len)
         multiprocessing.get_context("forkserver").set_forkserver_preload([*vllm_engine.PRELOAD, worker.__name__])
-        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
         self.workers: list[WorkerProcess] = []
         counts: dict[Phase, int] = {"prefill": 0, "decode": 0}
         for group in scenario.placement:
             for _ in range(group.count):
-                self.workers.append(WorkerProcess(self._setup(group.phase, group.tp, counts, model, next(cores))))
+                self.workers.append(WorkerProcess(self._setup(group.phase, group.tp, counts, model)))
         if not all(counts.values()):
             self.close()
             raise LiveError("the scenario's placement needs a prefill and a decode instance to be served live")
         self._await_all()
 
-    def _setup(self, phase: Phase, tp: int, counts: dict[Phase, int], model: Path, core: int) -> m.Setup:
+    def _setup(self, phase: Phase, tp: int, counts: dict[Phase, int], model: Path) -> m.Setup:
         batching = self._scenario.cluster.batching
         name = f"{phase}-{counts[phase]}"
         counts[phase] += 1
@@ -196,7 +194,6 @@ class Pool:
             model,
             self.settings,
             0,
-            core,
             batching.prefill_token_budget,
             batching.max_decode_sequences,
         )

@@ -245,7 +245,6 @@ def _end_with_parent() -> None:
 
 def main(setup: m.Setup, connection: Connection) -> None:
     """A worker's life."""
-    os.sched_setaffinity(0, {setup.core})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with ending_signals_raise():
