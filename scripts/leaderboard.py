@@ -28,7 +28,7 @@ from biscale_gym.cluster.placement import PHASES
 from biscale_gym.cluster.policy import hold
 from biscale_gym.config import ConfigError, Settings, config_hash, nearest, presets_dir, read_yaml, validate
 from biscale_gym.control.controllers import ControllerError, make_controller
-from biscale_gym.control.rollout import RunJob, rollout_of, run
+from biscale_gym.control.rollout import RunJob, dotted, rollout_of, run
 from biscale_gym.evaluation.faults import EvaluationError, RecordsError, is_user_error, one_line
 from biscale_gym.evaluation.latency import decision_times_s, shown_decisions
 from biscale_gym.evaluation.matrix import Runner, fault_messages, run_matrix
@@ -488,7 +488,7 @@ def provenance(cells: Sequence[Cell], lines: Sequence[Line], arguments: Sequence
     told.append(
         "\n".join(
             [
-                "| row | as `biscale-gym compare --controllers` names it |",
+                "| row | as `--controllers` of `biscale-gym compare` takes it |",
                 "| :-- | :-- |",
                 *(
                     f"| {name} | {'<br>'.join(f'`{named(jobs[0])}`' for jobs in cell.jobs)} |"
@@ -502,8 +502,8 @@ def provenance(cells: Sequence[Cell], lines: Sequence[Line], arguments: Sequence
 
 def named(job: RunJob) -> str:
     """A job's controller as the command line takes it."""
-    name, *settings = job.controller_name.split(" ")
-    return f"{name}[{','.join(settings)}]" if settings else name
+    settings = ",".join(f"{name}={value}" for name, value in dotted(job.controller_settings))
+    return f"{job.controller}[{settings}]" if settings else job.controller
 
 
 def filled(page: str, text: str) -> str:

@@ -66,7 +66,7 @@ class RunJob(Settings):
     @property
     def controller_name(self) -> str:
         """The controller as rows name it: with its settings, dotted."""
-        return " ".join([self.controller, *(f"{name}={value}" for name, value in _dotted(self.controller_settings))])
+        return " ".join([self.controller, *(f"{name}={value}" for name, value in dotted(self.controller_settings))])
 
     @property
     def played_split(self) -> str:
@@ -74,10 +74,11 @@ class RunJob(Settings):
         return self.split or ("test" if self.trace is None else "all")
 
 
-def _dotted(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+def dotted(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Nested settings, flat: ``{"a": {"b": 1}}`` as ``[("a.b", 1)]``."""
     flat: list[tuple[str, Any]] = []
     for name, value in settings.items():
-        inner = _dotted(value) if isinstance(value, dict) else [("", value)]
+        inner = dotted(value) if isinstance(value, dict) else [("", value)]
         flat += [(f"{name}.{key}" if key else name, one) for key, one in inner]
     return flat
 
