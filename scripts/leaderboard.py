@@ -392,14 +392,14 @@ def workload_grid(lines: Sequence[Line], reference: str) -> Grid:
 
 
 def overall_grid(lines: Sequence[Line], reference: str, latencies: dict[str, Phases]) -> Grid | None:
-    """Every generated workload under one family together; None where no row has all of them, or there is one only."""
+    """Every generated workload under one family together; None where no row has all of them."""
     lines = [line for line in lines if line.cell.workload.trace is None]
     workloads = list(dict.fromkeys(line.cell.workload.name for line in lines))
     by_row: dict[str, list[Line]] = {}
     for line in lines:
         by_row.setdefault(line.cell.row.name, []).append(line)
     whole = [own for own in by_row.values() if len(own) == len(workloads)]
-    if len(workloads) < 2 or not whole:
+    if not whole:
         return None
     rows, warned = [], []
     for verdict in sorted((Verdict.of(own) for own in whole), key=_rank):
@@ -414,7 +414,7 @@ def overall_grid(lines: Sequence[Line], reference: str, latencies: dict[str, Pha
                 "–" if is_reference else points(verdict.gain),
                 "kept" if not verdict.breaches else f"broken: {', '.join(verdict.breaches)}",
                 "–" if is_reference else ", ".join(won) or "none",
-                ", ".join("–" if time is None else f"{time:.1f}" for time in latencies.get(verdict.name, (None, None))),
+                ", ".join("–" if time is None else f"{time:.2f}" for time in latencies.get(verdict.name, (None, None))),
             ]
         )
         warned.append(bool(verdict.breaches))

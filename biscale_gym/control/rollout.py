@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger
 from biscale_gym.cluster.placement import PHASES, Lane, Phase, Placement
@@ -57,6 +57,12 @@ class RunJob(Settings):
     controller_settings: dict[str, Any] = Field(default_factory=dict)
     randomisation: str | None = None
 
+    @field_validator("overrides", "controller_settings")
+    @classmethod
+    def _in_order(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # A record keeps its keys sorted: a job that is read back must have the same names as the one that was run.
+        return _sorted(values)
+
     @property
     def scenario_name(self) -> str:
         """The scenario as rows name it: with what is replaced in it, and the family that its hardware is drawn from."""
@@ -72,6 +78,10 @@ class RunJob(Settings):
     def played_split(self) -> str:
         """The split that is played."""
         return self.split or ("test" if self.trace is None else "all")
+
+
+def _sorted(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: _sorted(value) if isinstance(value, dict) else value for name, value in sorted(settings.items())}
 
 
 def dotted(settings: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -235,7 +235,7 @@ def test_a_steady_window_needs_arrivals(tmp_path: Path) -> None:
 
 def test_rows_name_the_controllers_settings() -> None:
     job = RunJob(scenario="smoke", controller="biscale", controller_settings={"tier1": {"margin": 0.0}, "preset": "x"})
-    assert job.controller_name == "biscale tier1.margin=0.0 preset=x"
+    assert job.controller_name == "biscale preset=x tier1.margin=0.0"
     assert RunJob(scenario="smoke", controller="biscale").controller_name == "biscale"
 
 
