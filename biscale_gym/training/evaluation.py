@@ -298,9 +298,7 @@ class Evaluator:
         if settings.shield != ShieldSettings():
             clocks = clock_model(model, settings, {})
             if clocks is None:
-                raise TrainingError(
-                    "shield: only clock policies of one instance have one, this run trains another"
-                )
+                raise TrainingError("shield: only clock policies of one instance have one, this run trains another")
             guarded = {scenario: _guarded(settings, scenario, clocks) for scenario in settings.scenarios}
             return judged(settings, guarded, self.references())
         masked = find_algorithm(settings.algorithm).masked
