@@ -46,6 +46,7 @@ def compare(
     rate: float | None = None,
     split: str | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    randomisation: str | None = None,
     out: Path = Path("results/compare"),
     json: str | None = None,
     workers: int = 2,
@@ -64,6 +65,7 @@ def compare(
         rate: Mean arrivals per second to scale the workload to.
         split: Part to play (train, validation, test); without it test, or all of a recorded trace.
         set: A scenario setting to replace, as KEY=VALUE (cluster.precision=bf16); may be given several times.
+        randomisation: Preset of a family of hardware; every seed draws one, controllers know the nominal one only.
         out: Folder of records, tables and plots; a run that it holds is not run again.
         json: File for the rows as JSON; - prints them.
         workers: Processes.
@@ -82,7 +84,7 @@ def compare(
     check_installed(wandb, tensorboard)
     tables, messages = _consoles(json)
     names = split_names(controllers)
-    jobs = jobs_of(_names(scenario), names, seeds, trace, rate, split, parsed_overrides(set))
+    jobs = jobs_of(_names(scenario), names, seeds, trace, rate, split, parsed_overrides(set), randomisation)
     for job in jobs[: len(names)]:
         make_controller(job.controller, job.controller_settings)
     comparison = comparing.compare(jobs, out, workers, plots, run, messages)

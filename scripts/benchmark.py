@@ -20,7 +20,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from numba import njit, types
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +27,7 @@ from rich.table import Table
 from agents.biscale import BiScale
 from biscale_gym.cluster import features
 from biscale_gym.cluster.placement import InstanceSpec, Placement
-from biscale_gym.cluster.policy import POLICY_TYPE, hold
+from biscale_gym.cluster.policy import hold
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.config import cache_root
@@ -36,6 +35,7 @@ from biscale_gym.control.controllers import Controller, PlanContext, make_contro
 from biscale_gym.control.rollout import RunJob, run
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import requests_for
+from biscale_gym.evaluation.latency import decision_times_s, shown_decisions
 from biscale_gym.profiles import load_profile
 from biscale_gym.testing.trajectories import Actions, lane_masks_of, masks_of
 from biscale_gym.traces import Trace, generate, load_workload
@@ -44,7 +44,6 @@ Vector = NDArray[np.float64]
 Figures = dict[str, Any]
 """Figure by name; a figure that several things have is again a dictionary, by their names."""
 WIDTH_OF_FILES = 120
-CALLS_PER_TIMING = 50
 
 
 @dataclass(frozen=True)
@@ -263,61 +262,20 @@ def measure_biscale(sizes: EngineSizes) -> Figures:
     return {"biscale_paper67_s": best_s(lambda: run(job), lambda: None, min(3, sizes.repeats), time.perf_counter)}
 
 
-_VECTOR = types.float64[::1]
-
-
-def compile_repeated() -> Any:
-    """A compiled loop that calls a policy several times on one observation."""
-
-    @njit(types.int64(POLICY_TYPE, _VECTOR, _VECTOR, _VECTOR, _VECTOR, types.int64))
-    def repeated(policy: Any, obs: Vector, memory: Vector, params: Vector, model: Vector, times: int) -> int:
-        clock = 0
-        for _ in range(times):
-            clock = policy(obs, memory, params, model)
-        return clock
-
-    return repeated
-
-
-def recorded_decisions(sizes: EngineSizes) -> tuple[PhasePolicy, list[tuple[Vector, Vector, Vector]]]:
-    """BiScale's prefill policy, and (observation, memory, model) of its decisions in a run: boundaries and arrivals."""
-    controller = make_controller("biscale", sizes.biscale)
-    prepared = prepare(sizes, controller)
-    prefill, decode = controller.policies(prepared.context)
-    assert prefill is not None
-    simulator = prepared.simulator
-    simulator.set_policies(replace(prefill, function=None), decode)
-    warmup_s = prepared.context.scenario.warmup_s
-    recorded: list[tuple[Vector, Vector, Vector]] = []
-    decision = simulator.run()
-    while decision is not None and len(recorded) < sizes.decisions:
-        state = simulator.state
-        inst = state.inst[decision.instance]
-        memory = state.memory[decision.instance]
-        model = state.predicted[inst["predicted_start"] : inst["predicted_stop"]]
-        if decision.reason in (features.BOUNDARY, features.ARRIVAL) and simulator.now_s >= warmup_s:
-            recorded.append((decision.obs, memory.copy(), model))
-        decision = simulator.run(answer=int(prefill.function(decision.obs, memory, prefill.params, model)))
-    return prefill, recorded
-
-
 def measure_mpc(sizes: EngineSizes) -> Figures:
     """Milliseconds of a prefill decision, without Python: many calls in compiled code, less the same with none."""
-    prefill, recorded = recorded_decisions(sizes)
-    repeated = compile_repeated()
-
-    def seconds(obs: Vector, memory: Vector, model: Vector, times: int) -> float:
-        def calls() -> None:
-            repeated(prefill.function, obs, memory.copy(), prefill.params, model, times)
-
-        return best_s(calls, lambda: None, 3, time.perf_counter)
-
-    each_ms = [1e3 * (seconds(*one, CALLS_PER_TIMING) - seconds(*one, 0)) / CALLS_PER_TIMING for one in recorded]
+    controller = make_controller("biscale", sizes.biscale)
+    prepared = prepare(sizes, controller)
+    policies = controller.policies(prepared.context)
+    assert policies[0] is not None
+    warmup_s = prepared.context.scenario.warmup_s
+    shown = shown_decisions(prepared.simulator, policies, "prefill", sizes.decisions, warmup_s)
+    each_ms = 1e3 * decision_times_s(policies[0], shown)
     return {
         "mpc_decision_median_ms": float(np.median(each_ms)),
         "mpc_decision_p99_ms": float(np.quantile(each_ms, 0.99)),
         "mpc_decisions_timed": len(each_ms),
-        "mpc_batches_mean": float(np.mean([obs[features.BATCHES] for obs, _, _ in recorded])),
+        "mpc_batches_mean": float(np.mean([one.obs[features.BATCHES] for one in shown])),
     }
 
 

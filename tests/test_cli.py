@@ -200,8 +200,8 @@ def test_settings_of_the_scenario_are_replaced_and_named(scenario: Path, tmp_pat
     (record,) = RecordStore(out).load().values()
     assert record.job["overrides"] == {"slo.ttft_s": 0.3, "cluster.precision": "bf16"}
     (row,) = json.loads(rows_file.read_text())["rows"]
-    assert row["scenario"] == f"{scenario} slo.ttft_s=0.3 cluster.precision=bf16"
-    assert (out / "plots" / "tiny-slo.ttft_s=0.3-cluster.precision=bf16-energy.png").is_file()
+    assert row["scenario"] == f"{scenario} cluster.precision=bf16 slo.ttft_s=0.3"
+    assert (out / "plots" / "tiny-cluster.precision=bf16-slo.ttft_s=0.3-energy.png").is_file()
 
 
 @pytest.mark.parametrize("text", ["bf16", "=3", "slo={"])

@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger
 from biscale_gym.cluster.placement import PHASES, Lane, Phase, Placement
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.cluster.state import PREFILL
-from biscale_gym.config import Settings, config_hash
+from biscale_gym.config import Settings, config_hash, load_preset
 from biscale_gym.control.controllers import Controller, ControllerError, PlanContext, make_controller
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.metrics import Counted, measure
 from biscale_gym.profiles import Profile
 from biscale_gym.profiles.prediction import predicted_profile
+from biscale_gym.profiles.randomisation import randomised_switching
+from biscale_gym.profiles.settings import RandomisationSettings, SwitchingSettings
 from biscale_gym.traces import TraceError
 
 FloatArray = npt.NDArray[np.float64]
@@ -41,6 +43,8 @@ class RunJob(Settings):
         split: which part of the workload is played; None: test for a generated workload, all of a recorded one.
         overrides: scenario settings replaced, dotted.
         controller_settings: the controller's keyword settings.
+        randomisation: preset of a family of hardware, of which the seed draws one, as the environments do from a
+            ``hardware_seed``; controllers go on believing in the scenario's own. None: the scenario's own.
     """
 
     scenario: str
@@ -51,16 +55,24 @@ class RunJob(Settings):
     split: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
     controller_settings: dict[str, Any] = Field(default_factory=dict)
+    randomisation: str | None = None
+
+    @field_validator("overrides", "controller_settings")
+    @classmethod
+    def _in_order(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # A record keeps its keys sorted: a job that is read back must have the same names as the one that was run.
+        return _sorted(values)
 
     @property
     def scenario_name(self) -> str:
-        """The scenario as rows name it: with what is replaced in it."""
-        return " ".join([self.scenario, *(f"{setting}={value}" for setting, value in self.overrides.items())])
+        """The scenario as rows name it: with what is replaced in it, and the family that its hardware is drawn from."""
+        drawn = [] if self.randomisation is None else [f"randomisation={self.randomisation}"]
+        return " ".join([self.scenario, *(f"{setting}={value}" for setting, value in self.overrides.items()), *drawn])
 
     @property
     def controller_name(self) -> str:
         """The controller as rows name it: with its settings, dotted."""
-        return " ".join([self.controller, *(f"{name}={value}" for name, value in _dotted(self.controller_settings))])
+        return " ".join([self.controller, *(f"{name}={value}" for name, value in dotted(self.controller_settings))])
 
     @property
     def played_split(self) -> str:
@@ -68,10 +80,15 @@ class RunJob(Settings):
         return self.split or ("test" if self.trace is None else "all")
 
 
-def _dotted(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+def _sorted(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: _sorted(value) if isinstance(value, dict) else value for name, value in sorted(settings.items())}
+
+
+def dotted(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Nested settings, flat: ``{"a": {"b": 1}}`` as ``[("a.b", 1)]``."""
     flat: list[tuple[str, Any]] = []
     for name, value in settings.items():
-        inner = _dotted(value) if isinstance(value, dict) else [("", value)]
+        inner = dotted(value) if isinstance(value, dict) else [("", value)]
         flat += [(f"{name}.{key}" if key else name, one) for key, one in inner]
     return flat
 
@@ -144,6 +161,8 @@ class Rollout:
         requests: the trace, and what planners learn from.
         seed: of the cluster's random numbers.
         profile: what iterations truly cost; the scenario's if None.
+        believed: what controllers plan and predict with, before the scenario's ``prediction``; the truth if None.
+        switching: how clocks truly switch; the scenario's if None.
         only: serve this phase alone (see ``Simulator``).
         control_interval_s: ask the clock policies about every instance at multiples of this, at no other time; None: at
             the engine's decision points.
@@ -163,6 +182,8 @@ class Rollout:
         profile: Profile | None = None,
         only: Phase | None = None,
         control_interval_s: float | None = None,
+        believed: Profile | None = None,
+        switching: SwitchingSettings | None = None,
     ) -> None:
         cluster = scenario.cluster
         self._only: Phase | None = only
@@ -175,9 +196,10 @@ class Rollout:
         self.placements: list[tuple[float, Placement]] = []
         self._history_rps: list[float] = []
         self._clocks_mhz = tuple(sorted({*scenario.clocks_mhz, scenario.top_clock_mhz}))
-        self.predicted: Profile | None = None
+        self.switching = switching
+        self.predicted = believed
         if scenario.prediction is not None:
-            self.predicted = predicted_profile(self.profile, scenario.prediction, self._clocks_mhz)
+            self.predicted = predicted_profile(believed or self.profile, scenario.prediction, self._clocks_mhz)
         placement = controller.plan(self._context())
         self._clocks_mhz = tuple(sorted({*self._clocks_mhz, *(spec.clock_mhz for spec in placement.instances)}))
         self.placements.append((0.0, placement))
@@ -216,6 +238,7 @@ class Rollout:
             seed,
             predicted=self.predicted,
             only=self._only,
+            switching=self.switching,
         )
         self._served.append(simulator)
         simulator.set_policies(*self._policies(), only_when_told=self._interval_s is not None)
@@ -348,19 +371,35 @@ class Rollout:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def rollout_of(job: RunJob) -> Rollout:
+    """A job ready to be run.
+
+    Raises:
+        ConfigError, TraceError, ControllerError, PlacementError, ClusterError, ProfileError: what is wrong with it.
+    """
+    scenario = load_scenario(job.scenario, job.overrides)
+    nominal = scenario.cluster.profile()
+    requests = requests_for(scenario, nominal, job.played_split, job.seed, job.trace, job.rate_rps)
+    controller = make_controller(job.controller, job.controller_settings)
+    if job.randomisation is None:
+        return Rollout(controller, scenario, requests, job.seed, nominal)
+    ranges = load_preset(RandomisationSettings, "randomisation", job.randomisation)
+    hardware = np.random.default_rng(job.seed)
+    profile = nominal.randomised(hardware, ranges)
+    switching = randomised_switching(scenario.cluster.switching_settings(), hardware, ranges)
+    return Rollout(controller, scenario, requests, job.seed, profile, believed=nominal, switching=switching)
+
+
 def run(job: RunJob) -> RunOutcome:
     """Run a job from its names alone.
 
     Raises:
-        ConfigError, TraceError, ControllerError, PlacementError, ClusterError, PolicyError: what is wrong with it.
+        ConfigError, TraceError, ControllerError, PlacementError, ClusterError, ProfileError, PolicyError: what is wrong
+            with it.
     """
-    scenario = load_scenario(job.scenario, job.overrides)
-    profile = scenario.cluster.profile()
-    requests = requests_for(scenario, profile, job.played_split, job.seed, job.trace, job.rate_rps)
-    controller = make_controller(job.controller, job.controller_settings)
-    rollout = Rollout(controller, scenario, requests, job.seed, profile)
+    rollout = rollout_of(job)
     counted = rollout.run()
-    return outcome_of(rollout, counted, job, config_hash(scenario))
+    return outcome_of(rollout, counted, job, config_hash(rollout.scenario))
 
 
 def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: str) -> RunOutcome:
@@ -385,6 +424,9 @@ def outcome_of(rollout: Rollout, counted: Counted, job: RunJob, scenario_hash: s
         "scenario": scenario.model_dump(mode="json"),
         "config_hash": scenario_hash,
         "profile_hash": rollout.profile.hash,
+        "believed_profile_hash": (rollout.predicted or rollout.profile).hash,
+        "randomisation": job.randomisation,
+        "switching": (rollout.switching or scenario.cluster.switching_settings()).model_dump(mode="json"),
         "trace_name": evaluated.name,
         "trace_hash": evaluated.hash,
         "training_hash": rollout.requests.training.hash,

@@ -35,6 +35,8 @@ _DECIDING = (
     "envs/layout.py",
     "envs/mlp.py",
 )
+_UNDECIDING_PRESETS = ("sweeps", "traces", "training")
+"""Kinds that no run reads: how agents are trained, where published traces are."""
 _CODE = ("*.py", "*.safetensors", "models/*.json")
 """Of controllers: their sources, and the models that come with them."""
 
@@ -51,12 +53,17 @@ def run_id(job: RunJob) -> str:
             "scenario": _scenario_address(job.scenario),
             "trace": None if job.trace is None else file_digest(Path(job.trace)),
         },
-        "presets": _tree_digest((presets_dir(),), ("*.yaml",)),
+        "presets": _tree_digest(_deciding_presets(), ("*.yaml",)),
         "code": _code_digest(job.controller),
         "files": _files_named_in(job.controller_settings),
         "version": __version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _deciding_presets() -> tuple[Path, ...]:
+    folders = sorted(path for path in presets_dir().iterdir() if path.is_dir())
+    return tuple(path for path in folders if path.name not in _UNDECIDING_PRESETS)
 
 
 def _files_named_in(settings: Any) -> dict[str, str]:

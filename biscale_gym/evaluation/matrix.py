@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from biscale_gym.config import validate
+from biscale_gym.config import load_preset, validate
 from biscale_gym.control.controllers import parsed_variant
 from biscale_gym.control.rollout import RunJob, RunOutcome
 from biscale_gym.evaluation.faults import EvaluationError, Fault
@@ -17,6 +17,7 @@ from biscale_gym.evaluation.identity import run_id
 from biscale_gym.evaluation.records import Arrays, Record, RecordStore, arrays_digest
 from biscale_gym.evaluation.workers import Workers
 from biscale_gym.fingerprint import fingerprint
+from biscale_gym.profiles.settings import RandomisationSettings
 
 Runner = Callable[[RunJob], RunOutcome]
 
@@ -42,13 +43,14 @@ def jobs_of(
     rate_rps: float | None,
     split: str | None,
     overrides: Mapping[str, Any] | None = None,
+    randomisation: str | None = None,
 ) -> list[RunJob]:
     """The matrix as a list of jobs, scenario by scenario, seed by seed.
 
     Raises:
         EvaluationError: a list is empty or names something twice, or there are no seeds.
         ControllerError: a controller's settings are not written ``NAME[KEY=VALUE,...]``.
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or there is no such preset of randomised hardware.
     """
     for what, names in (("scenario", scenarios), ("controller", controllers)):
         if not names:
@@ -58,7 +60,15 @@ def jobs_of(
             raise EvaluationError(f"{what} {twice[0]!r} is given twice")
     if seeds < 1:
         raise EvaluationError(f"--seeds {seeds}: at least 1 is needed")
-    common = {"trace": trace, "rate_rps": rate_rps, "split": split, "overrides": dict(overrides or {})}
+    if randomisation is not None:
+        load_preset(RandomisationSettings, "randomisation", randomisation)
+    common = {
+        "trace": trace,
+        "rate_rps": rate_rps,
+        "split": split,
+        "overrides": dict(overrides or {}),
+        "randomisation": randomisation,
+    }
     variants = [parsed_variant(text) for text in controllers]
     return [
         validate(

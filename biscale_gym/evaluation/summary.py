@@ -96,11 +96,16 @@ def summarise(records: Sequence[Record], store: RecordStore) -> list[Summary]:
     for record in records:
         groups.setdefault((str(record.row["scenario"]), str(record.row["controller"])), []).append(record)
     scenarios = list(dict.fromkeys(scenario for scenario, _ in groups))
-    summaries = [_summary(own, groups.get((scenario, REFERENCE), []), store) for (scenario, _), own in groups.items()]
+    summaries = [pooled(own, groups.get((scenario, REFERENCE), []), store) for (scenario, _), own in groups.items()]
     return sorted(summaries, key=lambda s: (scenarios.index(s.scenario), bool(s.breaches), s.mean("total_energy_j")))
 
 
-def _summary(own: list[Record], reference: list[Record], store: RecordStore) -> Summary:
+def pooled(own: Sequence[Record], reference: Sequence[Record], store: RecordStore) -> Summary:
+    """The runs of one row, named after the first of them, against DistServe's (``reference``, which may be none).
+
+    Raises:
+        RecordsError: a record's arrays are missing or altered.
+    """
     first = own[0]
     numeric = [name for name, value in first.row.items() if name not in _LABELS and not isinstance(value, str)]
     metrics = {name: mean_interval(_column(own, name)) for name in numeric}

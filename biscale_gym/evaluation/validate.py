@@ -31,7 +31,7 @@ class Validation:
 
 
 def validate_record(record: Record, runner: Runner) -> Validation:
-    """Runs the record's job again and compares the metrics, the actions, the configuration and the trace.
+    """Runs the record's job again and compares the metrics, the actions, the configuration, the hardware and the trace.
 
     Raises:
         ValueError: the job cannot be run here, for instance because its trace is missing.
@@ -54,7 +54,7 @@ def validate_record(record: Record, runner: Runner) -> Validation:
         recorded, now = record.row.get(name), again.row.get(name)
         if not _agree(recorded, now, verdict.exact):
             verdict.differences.append(f"{name}: recorded {recorded}, now {now}")
-    for name in ("config_hash", "trace_hash"):
+    for name in ("config_hash", "profile_hash", "trace_hash"):
         recorded, now = record.provenance.get(name), again.provenance.get(name)
         if recorded != now:
             verdict.differences.append(f"{name}: recorded {recorded}, now {now}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 from numba import njit
@@ -13,7 +14,7 @@ from biscale_gym.cluster.policy import POLICY_SIGNATURE
 from biscale_gym.cluster.simulator import PhasePolicy, PolicyError, lowest_idle_power_w
 from biscale_gym.config import ConfigError
 from biscale_gym.control.controllers import PlanContext
-from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, run
+from biscale_gym.control.rollout import Rollout, RunJob, RunOutcome, rollout_of, run
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.control.workload import requests_for
 from biscale_gym.profiles import Profile, load_profile
@@ -234,7 +235,7 @@ def test_a_steady_window_needs_arrivals(tmp_path: Path) -> None:
 
 def test_rows_name_the_controllers_settings() -> None:
     job = RunJob(scenario="smoke", controller="biscale", controller_settings={"tier1": {"margin": 0.0}, "preset": "x"})
-    assert job.controller_name == "biscale tier1.margin=0.0 preset=x"
+    assert job.controller_name == "biscale preset=x tier1.margin=0.0"
     assert RunJob(scenario="smoke", controller="biscale").controller_name == "biscale"
 
 
@@ -246,3 +247,47 @@ def test_what_a_controller_does_wrong_is_named() -> None:
         with_settings(prefill_tp=3)
     with pytest.raises(PolicyError, match=r"policy, for instance \d at .* answered 4, .* the nearest is 3; "):
         with_settings(answers="off-the-list")
+
+
+# -- randomised hardware -----------------------------------------------------------------------------------------------
+
+FAMILY = "h100-uncertainty"
+
+
+def test_the_seed_draws_the_hardware_that_environments_draw(profile: Profile) -> None:
+    rollout = rollout_of(JOB.model_copy(update={"randomisation": FAMILY, "seed": 3}))
+    env = gymnasium.make("BiScale/Prefill-v0", scenario="smoke", randomisation=FAMILY)
+    env.reset(options={"hardware_seed": 3})
+    theirs = env.unwrapped.simulator
+    assert rollout.profile.hash == theirs.profile.hash != profile.hash
+    assert rollout.simulator.state.glob["switch_median_s"] == theirs.state.glob["switch_median_s"]
+    assert rollout.predicted.hash == profile.hash
+
+
+def test_controllers_know_the_nominal_hardware_only(profile: Profile) -> None:
+    job = RunJob(scenario="smoke", controller=OWN, randomisation=FAMILY, overrides={"window_s": 20.0})
+    rollout = rollout_of(job)
+    rollout.run()
+    assert [context.profile.hash for context in rollout.controller.contexts] == [profile.hash] * 3
+
+
+def test_a_record_says_which_hardware_served() -> None:
+    nominal, drawn, other = (
+        run(JOB.model_copy(update={"randomisation": family, "seed": seed}))
+        for family, seed in ((None, 1), (FAMILY, 1), (FAMILY, 2))
+    )
+    assert drawn.row["scenario"] == f"{nominal.row['scenario']} randomisation={FAMILY}"
+    assert nominal.provenance["randomisation"] is None
+    assert drawn.provenance["randomisation"] == FAMILY
+    hashes = [outcome.provenance["profile_hash"] for outcome in (nominal, drawn, other)]
+    assert len(set(hashes)) == 3
+    assert {one.provenance["believed_profile_hash"] for one in (nominal, drawn, other)} == {hashes[0]}
+    medians = [outcome.provenance["switching"]["median_ms"] for outcome in (nominal, drawn, other)]
+    assert medians[0] < min(medians[1:]), "the family's calls take at least as long"
+    assert drawn.provenance["trace_hash"] == nominal.provenance["trace_hash"]
+    assert drawn.row["total_energy_j"] != nominal.row["total_energy_j"]
+
+
+def test_an_unknown_family_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"no randomisation preset 'h100'; valid: h100-uncertainty"):
+        rollout_of(JOB.model_copy(update={"randomisation": "h100"}))

@@ -32,6 +32,7 @@ def test_the_address_is_the_content_not_the_place(job: RunJob, tmp_path: Path) -
         {"rate_rps": 2.0},
         {"trace": None},
         {"overrides": {"a": 1}},
+        {"randomisation": "h100-uncertainty"},
     ],
 )
 def test_every_part_of_a_job_counts(job: RunJob, change: dict[str, object]) -> None:
@@ -56,3 +57,20 @@ def test_a_controller_of_ones_own_is_part_of_the_address(
     identity._code_digest.cache_clear()
     identity._tree_digest.cache_clear()
     assert run_id(job) != before
+
+
+def test_presets_that_no_run_reads_leave_the_address(
+    job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "presets_dir", lambda: tmp_path / "configs")
+    for kind in ("agents", "training"):
+        (tmp_path / "configs" / kind).mkdir(parents=True)
+
+    def after(kind: str) -> str:
+        (tmp_path / "configs" / kind / "new.yaml").write_text("a: 1\n")
+        identity._tree_digest.cache_clear()
+        return run_id(job)
+
+    before = run_id(job)
+    assert after("training") == before
+    assert after("agents") != before

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from biscale_gym.config import ConfigError
 from biscale_gym.control.rollout import RunJob
 from biscale_gym.evaluation.faults import EvaluationError
 from biscale_gym.evaluation.matrix import MatrixResult, fault_messages, jobs_of, run_matrix
@@ -92,6 +93,8 @@ def test_bad_requests_are_refused_before_anything_runs(make_jobs: Make, store: R
         jobs_of(["s"], [], 1, None, None, "test")
     with pytest.raises(EvaluationError, match="--seeds 0"):
         jobs_of(["s"], ["a"], 0, None, None, "test")
+    with pytest.raises(ConfigError, match="no randomisation preset 'h100'"):
+        jobs_of(["s"], ["a"], 1, None, None, "test", randomisation="h100")
     assert not store.folder.exists()
 
 
