@@ -33,13 +33,13 @@ import importlib, pkgutil, sys
 packages = [importlib.import_module(name) for name in ("biscale_gym", "agents", "baselines")]
 for package in packages:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if module.name != "biscale_gym.sb3":
+        if not module.name.startswith(("biscale_gym.sb3", "biscale_gym.training")):
             importlib.import_module(module.name)
 print(" ".join(sorted(set(sys.argv[1:]) & set(sys.modules))))
 """
 
 
-def test_no_module_but_sb3_imports_an_optional_package() -> None:
+def test_no_module_but_sb3_and_training_imports_an_optional_package() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _IMPORT_ALL, *OPTIONAL], check=True, capture_output=True, text=True, cwd=ROOT
     )
@@ -66,6 +66,7 @@ def test_the_arrows_between_packages_hold() -> None:
         ("biscale", "BiScale"),
         ("distserve", "DistServe"),
         ("distserve-pp", "DistServePP"),
+        ("learned", "Learned"),
         ("max-clock", "MaxClock"),
         ("place-only", "PlaceOnly"),
         ("static", "Static"),
