@@ -76,7 +76,7 @@ def test_a_curve_rises_and_ends_where_requests_are_late(measurement: Measurement
     assert powers == sorted(powers)
     assert missed == sorted(missed)
     assert missed[0] < 0.01
-    assert missed[-1] > curves.MOST_MISSED
+    assert missed[-1] > 0.1
     idle_w = 2.0 * measurement.profile.idle_power_w(2, 1110)
     assert idle_w < powers[0] < powers[-1] < 2 * 700.0
 
