@@ -128,7 +128,10 @@ class Windows:
 def serve_windows(
     measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, trace: Trace, window_s: float
 ) -> Windows:
-    """Simulate one instance alone on a trace, and read it window by window; the start of the first is not counted."""
+    """Simulate one instance alone on a trace, and read it window by window; the warm-up is not counted.
+
+    Windows end at multiples of their length; the first and the last are between half a length and one and a half.
+    """
     simulator = Simulator(
         measurement.cluster,
         measurement.profile,
@@ -141,7 +144,8 @@ def serve_windows(
     )
     simulator.set_policies(*((served.policy, None) if phase == "prefill" else (None, served.policy)))
     start_s = min(measurement.warmup_s, WARMUP_SHARE * trace.duration_s)
-    borders_s = [start_s, *np.arange(window_s, trace.duration_s - 0.5 * window_s, window_s), trace.duration_s]
+    multiples_s = np.arange(window_s, trace.duration_s - 0.5 * window_s, window_s)
+    borders_s = [start_s, *multiples_s[multiples_s > start_s + 0.5 * window_s], trace.duration_s]
     simulator.run(start_s)
     ledgers = [simulator.instances()]
     for border_s in borders_s[1:]:

@@ -66,6 +66,14 @@ def test_windows_share_out_a_runs_requests_and_joules(measurement: Measurement, 
     assert seen.power_w @ lengths_s == pytest.approx(whole.power_w[0] * counted_s)
 
 
+@pytest.mark.parametrize("window_s", [2.0, 4.9, 5.1, 7.0])
+def test_windows_may_be_shorter_than_the_warm_up(measurement: Measurement, training: Trace, window_s: float) -> None:
+    seen = serve_windows(measurement, "prefill", 2, held(1830), training, window_s)
+    whole = serve_windows(measurement, "prefill", 2, held(1830), training, 1e9)
+    assert len(seen.rate_rps) == pytest.approx((training.duration_s - measurement.warmup_s) / window_s, abs=1.5)
+    assert seen.power_w.mean() == pytest.approx(whole.power_w[0], rel=0.05)
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_curve_rises_and_ends_where_requests_are_late(measurement: Measurement, phase: Any) -> None:
     curve = measure_curve(measurement, phase, 2, held(1110), WINDOW_S)
