@@ -188,10 +188,10 @@ def measure_curve(measurement: Measurement, phase: Phase, tp: int, served: Curve
         if missed > FEW_MISSED:
             step = FINE_STEP
         rate_rps *= step
-    return LoadCurve(phase, tp, _points(seen))
+    return LoadCurve(phase, tp, points_of(seen))
 
 
-def _points(seen: list[Windows]) -> tuple[LoadPoint, ...]:
+def points_of(seen: list[Windows]) -> tuple[LoadPoint, ...]:
     """Windows of similar rates together, one point each; those that follow an overloaded one bear its backlog."""
     rate, power, missed = (
         np.concatenate([getattr(one, name) for one in seen]) for name in ("rate_rps", "power_w", "missed")

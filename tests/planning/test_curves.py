@@ -14,7 +14,16 @@ from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.planning import curves, table_cache
 from biscale_gym.planning.classes import Measurement
-from biscale_gym.planning.curves import CurvePolicy, LoadCurve, LoadPoint, load_curves, measure_curve, serve_windows
+from biscale_gym.planning.curves import (
+    CurvePolicy,
+    LoadCurve,
+    LoadPoint,
+    Windows,
+    load_curves,
+    measure_curve,
+    points_of,
+    serve_windows,
+)
 from biscale_gym.profiles import Profile
 from biscale_gym.traces.trace import Trace
 
@@ -126,3 +135,13 @@ def test_curves_are_measured_once(measurement: Measurement, tmp_path: Path, monk
     assert asked == [*kinds, ("decode", 4)]
     load_curves(replace(measurement, slo=SloSettings(ttft_s=0.5, tpot_s=0.1)), kinds[:1], policies, WINDOW_S)
     assert asked[3:] == [("prefill", 2)]
+
+
+def test_a_window_after_an_overload_says_nothing_of_its_own_rate() -> None:
+    quiet = Windows(np.array([10.0, 10.0]), np.array([100.0, 100.0]), np.array([0.0, 0.0]))
+    after = Windows(np.array([30.0, 10.0]), np.array([400.0, 390.0]), np.array([0.9, 0.8]))
+    points = points_of([quiet, after])
+    assert [(point.rate_rps, point.power_w, point.missed) for point in points] == [
+        (10.0, 100.0, 0.0),
+        (30.0, 400.0, 0.9),
+    ]
