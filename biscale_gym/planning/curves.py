@@ -45,7 +45,12 @@ CARRIED_OVER = 0.02
 """Share of late requests in a window from which the next one's backlog is not its own."""
 CLASS_WIDTH = 1.06
 """Ratio of the rates of windows that make one point."""
-LEAST_RATE_RPS = 0.25
+FIRST_RATE_RPS = 0.25
+"""Per GPU; where curves begin."""
+STEP_BACK = 2.0
+"""Factor between the rates tried below, where that is too much already: requests are long."""
+LEAST_PER_WINDOW = 4.0
+"""Requests per window of the lowest rate that is tried: an instance may miss some at any."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +182,24 @@ def measure_curve(measurement: Measurement, phase: Phase, tp: int, served: Curve
     """
     delay_s = nominal_prefill_s(measurement) if phase == "decode" else None
     training = measurement.training if delay_s is None else delayed(measurement.training, delay_s)
-    rate_rps, step = LEAST_RATE_RPS * tp, STEP
     seen: list[Windows] = []
-    while True:
+
+    def missed_at(rate_rps: float) -> float:
         trace = probe_trace(training, rate_rps, measurement.requests_per_probe, measurement.seed)
         seen.append(serve_windows(measurement, phase, tp, served, trace, window_s))
-        missed = float(np.nanmean(seen[-1].missed))
+        return float(np.nanmean(seen[-1].missed))
+
+    rate_rps, step = FIRST_RATE_RPS * tp, STEP
+    while missed_at(rate_rps) > FEW_MISSED and rate_rps * window_s > LEAST_PER_WINDOW * STEP_BACK:
+        rate_rps /= STEP_BACK
+        seen.clear()
+    while True:
+        rate_rps *= step
+        missed = missed_at(rate_rps)
         if missed > MOST_MISSED:
             break
         if missed > FEW_MISSED:
             step = FINE_STEP
-        rate_rps *= step
     return LoadCurve(phase, tp, points_of(seen))
 
 
@@ -222,7 +234,9 @@ def curve_key(
         FINE_STEP,
         FEW_MISSED,
         MOST_MISSED,
-        LEAST_RATE_RPS,
+        FIRST_RATE_RPS,
+        STEP_BACK,
+        LEAST_PER_WINDOW,
     ]
     return measurement_key(measurement, sources, {"curve": [phase, tp, *limits], "policy": served.key()})
 

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from biscale_gym.config import nearest
+from biscale_gym.control.scenario import load_scenario
 from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.saved import Saved, joined, restore_lanes, saved_lanes
+from biscale_gym.envs.settings import RewardSettings
 from biscale_gym.envs.wrappers import vector as vector_wrappers
 from biscale_gym.sb3 import GymnasiumVecEnv
 from biscale_gym.training.errors import TrainingError
@@ -20,6 +22,8 @@ from biscale_gym.training.settings import TrainingSettings, WrapperSettings
 
 WRAPPERS = ("ClockDeltas", "ContinuousClocks", "CostConstrained", "EnergyPerRequest", "History", "SlackShaping")
 PLACEMENT = "BiScale/Placement-v0"
+INSTANCES = {"BiScale/Prefill-v0": "prefill", "BiScale/Decode-v0": "decode"}
+"""Environments of one instance, and its phase."""
 SUMMED = ("energy_j", "violations", "completed", "dt_s")
 """Terms of steps that the lanes add up."""
 
@@ -173,12 +177,33 @@ def _wrapped(envs: gymnasium.vector.VectorEnv[Any, Any, Any], wrapper: WrapperSe
         raise TrainingError(f"wrapper {wrapper.name}: {error}") from error
 
 
-def env_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """Keyword settings of the environment, with the price of violations that the constraint asks for."""
-    if settings.constraint is None:
-        return dict(settings.env)
-    own = settings.constraint.penalty if settings.constraint.kind == "penalty" else 0.0
-    return {**settings.env, "violation_penalty": own}
+def env_arguments(settings: TrainingSettings, scenario: str) -> dict[str, Any]:
+    """Keyword settings of a scenario's environment, with the price of violations that the constraint asks for.
+
+    Raises:
+        ConfigError: an unknown scenario.
+        TrainingError: the price counts in requests of which there is no rate.
+    """
+    arguments = {**settings.env, **settings.scenario_env.get(scenario, {})}
+    constraint = settings.constraint
+    if constraint is None:
+        return arguments
+    if constraint.unit == "request":
+        reference_w = float(arguments.get("reference_w_per_gpu", RewardSettings().reference_w_per_gpu))
+        arguments["reference_w_per_gpu"] = reference_w * _between_requests_s(settings, scenario, arguments)
+    return {**arguments, "violation_penalty": constraint.penalty if constraint.kind == "penalty" else 0.0}
+
+
+def _between_requests_s(settings: TrainingSettings, scenario: str, arguments: dict[str, Any]) -> float:
+    """Mean time between two requests of what a reward is about, an instance or the cluster, at the whole rate."""
+    if settings.env_id == PLACEMENT:
+        raise TrainingError(f"constraint.unit request: rewards of {PLACEMENT} are shares of a window; use second")
+    if arguments.get("trace") is not None and arguments.get("rate_rps") is None:
+        raise TrainingError("constraint.unit request: a recorded trace has a rate of its own; set env.rate_rps")
+    served = load_scenario(scenario, arguments.get("overrides"))
+    phase = INSTANCES.get(settings.env_id)
+    sharing = 1 if phase is None else sum(spec.count for spec in served.placement if spec.phase == phase)
+    return sharing / float(arguments.get("rate_rps") or served.rate_rps)
 
 
 def make_part(
@@ -197,7 +222,7 @@ def make_part(
         TrainingError: an unknown wrapper, or wrong arguments of one.
         ConfigError, EnvironmentUsageError, gymnasium.error.Error: as making the environment.
     """
-    arguments = {**env_arguments(settings), **changed}
+    arguments = {**env_arguments(settings, scenario), **changed}
     if settings.env_id != PLACEMENT:
         arguments = {"threads": settings.threads, **arguments}
     try:

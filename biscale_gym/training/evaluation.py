@@ -214,7 +214,7 @@ def _guarded(settings: TrainingSettings, scenario: str, clocks: ClockMLP) -> Pla
 
 def _planned(settings: TrainingSettings, scenario: str, name: str, changed: dict[str, Any]) -> Played:
     """A planner's episodes. ``max-clock`` is DistServe's placement, its clocks held at the top of the grid."""
-    arguments = {**env_arguments(settings), **changed}
+    arguments = {**env_arguments(settings, scenario), **changed}
     if name == MAX_CLOCK:
         top = {"top_clock_mhz": max(load_scenario(scenario, arguments.get("overrides")).clocks_mhz)}
         arguments |= {"clocks": "hold", "overrides": {**(arguments.get("overrides") or {}), **top}}
@@ -249,7 +249,7 @@ def reference(settings: TrainingSettings, scenario: str, name: str) -> Played:
         {
             "env_id": settings.env_id,
             "scenario": load_scenario(scenario, settings.env.get("overrides")).model_dump(mode="json"),
-            "env": _plain({**env_arguments(settings), **_changed(settings)}),
+            "env": _plain({**env_arguments(settings, scenario), **_changed(settings)}),
             "evaluation": settings.evaluation.model_dump(
                 mode="json", include={"split", "episodes", "episode_s", "seed"}
             ),

@@ -6,13 +6,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from biscale_gym.config import Settings
+from biscale_gym.config import Settings, nearest
 from biscale_gym.envs.settings import EnvSplit
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+OF_A_SCENARIO = (
+    "load",
+    "rate_rps",
+    "episode_s",
+    "warmup_s",
+    "discount_per_s",
+    "violation_penalty",
+    "reference_w_per_gpu",
+    "baseline_w_per_gpu",
+)
+"""Settings of an environment that may differ between the scenarios of a run: none that changes spaces or questions."""
 
 
 class WrapperSettings(Settings):
@@ -80,6 +91,9 @@ class ConstraintSettings(Settings):
     Attributes:
         kind: ``penalty``: each costs ``penalty``; ``lagrangian``: each costs a multiplier, which rises while more than
             ``limit`` of the requests are late and falls while fewer are.
+        unit: what a penalty of 1, or a multiplier, is worth: ``second``: an instance at the environment's reference
+            power for a second. ``request``: for the mean time between two of its requests at the scenario's whole
+            rate; rewards count in it, too. So one penalty serves scenarios whose requests differ in cost.
         penalty: of a violation; under ``lagrangian``, where the multiplier begins.
         limit: share of requests that may be late.
         learning_rate: of the multiplier, per iteration and unit of (late / limit - 1), which counts as at most
@@ -89,6 +103,7 @@ class ConstraintSettings(Settings):
     """
 
     kind: Literal["penalty", "lagrangian"] = "lagrangian"
+    unit: Literal["second", "request"] = "second"
     penalty: NonNegative = 1.0
     limit: Share = 0.01
     learning_rate: Positive = 0.05
@@ -161,6 +176,7 @@ class TrainingSettings(Settings):
         env_id: environment.
         scenarios: presets or paths; lanes are dealt out to them in turn.
         env: settings of the environment.
+        scenario_env: those that differ in some scenarios, by scenario.
         wrappers: around the lanes, innermost first.
         algorithm: one of ``algorithms.ALGORITHMS``.
         hyperparameters: keyword settings of the algorithm's class. ``learning_rate`` and ``clip_range`` may be
@@ -183,6 +199,7 @@ class TrainingSettings(Settings):
     env_id: str
     scenarios: Annotated[tuple[str, ...], Field(min_length=1)]
     env: dict[str, Any] = Field(default_factory=dict)
+    scenario_env: dict[str, dict[str, Any]] = Field(default_factory=dict)
     wrappers: tuple[WrapperSettings, ...] = ()
     algorithm: str = "ppo"
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
@@ -206,12 +223,22 @@ class TrainingSettings(Settings):
         for name in ("scenario", "split", "render_mode"):
             if name in self.env:
                 raise ValueError(f"env.{name}: a run trains on split train of its scenarios; remove it")
+        for scenario, own in self.scenario_env.items():
+            if scenario not in self.scenarios:
+                raise ValueError(f"scenario_env: {nearest(scenario, list(self.scenarios))}")
+            for name in own:
+                if name not in OF_A_SCENARIO:
+                    raise ValueError(f"scenario_env.{scenario}.{name}: {nearest(name, list(OF_A_SCENARIO))}")
         if self.lanes < len(self.scenarios):
             raise ValueError(
                 f"lanes is {self.lanes}, expected at least one for each of {len(self.scenarios)} scenarios"
             )
-        if self.constraint is not None and "violation_penalty" in self.env:
-            raise ValueError("env.violation_penalty and constraint both price violations; keep one of them")
-        if self.discount == "time" and not 0.0 < float(self.env.get("discount_per_s", 1.0)) < 1.0:
-            raise ValueError("discount: time needs env.discount_per_s, more than 0 and below 1")
+        if self.curriculum is not None and any("load" in own for own in self.scenario_env.values()):
+            raise ValueError("curriculum and scenario_env both set loads; keep one of them")
+        for scenario in self.scenarios:
+            env = {**self.env, **self.scenario_env.get(scenario, {})}
+            if self.constraint is not None and "violation_penalty" in env:
+                raise ValueError("env.violation_penalty and constraint both price violations; keep one of them")
+            if self.discount == "time" and not 0.0 < float(env.get("discount_per_s", 1.0)) < 1.0:
+                raise ValueError("discount: time needs env.discount_per_s, more than 0 and below 1")
         return self
