@@ -12,7 +12,7 @@ from agents.biscale import BiScale
 from agents.errors import AgentError
 from agents.learned import MODELS, Learned, find_model, shipped_models
 from biscale_gym.cluster.placement import PHASES
-from biscale_gym.config import ConfigError
+from biscale_gym.config import ConfigError, preset_names
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.rollout import RunJob, run
 from biscale_gym.control.scenario import load_scenario
@@ -142,3 +142,23 @@ def test_biscales_own_settings_stay_its_own() -> None:
     learned = Learned(prefill="biscale", decode="biscale", biscale={"decode": {"headroom": 0.8}})
     assert learned.settings.biscale.decode.headroom == 0.8
     assert BiScale().settings.decode.headroom == 0.95
+
+
+@pytest.mark.parametrize("name", [one for one in preset_names("scenarios") if "smoke" not in one])
+def test_the_shipped_models_serve_every_scenario(name: str) -> None:
+    scenario = load_scenario(name)
+    profile = scenario.cluster.profile()
+    requests = requests_for(load_scenario("smoke"), profile, "train", 0, None, None)
+    clocks_mhz = (*scenario.clocks_mhz, scenario.top_clock_mhz)
+    context = PlanContext(scenario, profile, requests.training, scenario.rate_rps, clocks_mhz=clocks_mhz)
+    assert all(policy is not None for policy in Learned().policies(context))
+
+
+@pytest.mark.parametrize(
+    ("slo", "phase"),
+    [({"ttft_s": 0.2, "tpot_s": 0.1}, "prefill"), ({"ttft_s": 40.0, "tpot_s": 0.1}, "prefill")]
+    + [({"ttft_s": 0.6, "tpot_s": tpot_s}, "decode") for tpot_s in (0.03, 0.2)],
+)
+def test_an_slo_outside_of_those_trained_for_is_refused(slo: dict[str, float], phase: str) -> None:
+    with pytest.raises(ModelError, match=rf"the {phase} model was trained for SLOs from .* the run has"):
+        run(RunJob(scenario="paper-67", controller="learned", overrides={"slo": slo}))

@@ -98,6 +98,16 @@ def test_a_curve_rises_and_ends_where_requests_are_late(measurement: Measurement
     assert idle_w < powers[0] < powers[-1] < 2 * 700.0
 
 
+def test_where_requests_are_long_a_curve_begins_lower(measurement: Measurement, training: Trace) -> None:
+    longer = Trace(training.arrival_s, 40 * training.prompt_tokens, training.output_tokens, "long prompts")
+    long = replace(measurement, training=longer, slo=SloSettings(ttft_s=10.0, tpot_s=0.1))
+    curve = measure_curve(long, "prefill", 2, held(1110), WINDOW_S)
+    carried = [point.rate_rps for point in curve.points if point.missed < 0.05]
+    assert carried
+    assert max(carried) < 2 * curves.FIRST_RATE_RPS
+    assert curve.points[-1].missed > 0.1
+
+
 def test_a_faster_clock_carries_more_for_more_power(measurement: Measurement) -> None:
     slow, fast = (measure_curve(measurement, "prefill", 2, held(clock), WINDOW_S) for clock in (750, 1830))
 

@@ -77,6 +77,57 @@ def test_a_multiplier_is_a_penalty(tiny: Make) -> None:
     assert multiplied.totals["violations"] > 0
 
 
+def test_settings_may_differ_by_scenario(tiny: Make, busier: str) -> None:
+    own = {"episode_s": 2.0, "violation_penalty": 4.0}
+    lanes = make_lanes(tiny({"scenarios": ["smoke", busier], "scenario_env": {busier: own}}))
+    first, second = (part.get_attr("setting")[0].settings for part in lanes.parts)
+    assert (first.episode_s, first.violation_penalty, first.warmup_s) == (3.0, 1.0, 1.0)
+    assert (second.episode_s, second.violation_penalty, second.warmup_s) == (2.0, 4.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "rate_rps", "seconds"),
+    [
+        ("BiScale/Prefill-v0", None, 2 / 30.0),
+        ("BiScale/Decode-v0", None, 1 / 30.0),
+        ("BiScale/Prefill-v0", 12.0, 2 / 12.0),
+        ("BiScale/Cluster-v0", None, 1 / 30.0),
+    ],
+)
+def test_a_penalty_may_count_in_requests(env_id: str, rate_rps: float | None, seconds: float, tiny: Make) -> None:
+    placement = [
+        {"phase": "prefill", "tp": 2, "clock_mhz": 930, "count": 2},
+        {"phase": "decode", "tp": 2, "clock_mhz": 930},
+    ]
+    env = {
+        "episode_s": 20.0,
+        "overrides": {"rate_rps": 30.0, "slo": {"ttft_s": 0.1, "tpot_s": 0.02}, "placement": placement},
+        **({} if rate_rps is None else {"rate_rps": rate_rps}),
+    }
+    constraint = {"kind": "penalty", "unit": "request", "penalty": 3.0}
+    plain = make_lanes(tiny({"env_id": env_id, "env": {**env, "violation_penalty": 0.0}}))
+    priced = make_lanes(tiny({"env_id": env_id, "env": env, "constraint": constraint}))
+    for lanes in (plain, priced):
+        lanes.seed(0)
+        lanes.reset()
+    shape = (8, *plain.action_space.shape)
+    late = 0.0
+    for _ in range(50):
+        energy, rewards = (lanes.step(np.zeros(shape, np.int64))[1] for lanes in (plain, priced))
+        violations = priced.parts[0].infos["violations"]
+        np.testing.assert_allclose(rewards, energy / seconds - 3.0 * violations, rtol=1e-5, atol=1e-6)
+        late += violations.sum()
+    assert late > 0
+
+
+def test_a_price_in_requests_needs_a_rate(tiny: Make, tmp_path: Path) -> None:
+    constraint = {"unit": "request"}
+    with pytest.raises(TrainingError, match=r"a recorded trace has a rate of its own; set env\.rate_rps"):
+        make_lanes(tiny({"constraint": constraint, "env.trace": str(tmp_path / "recorded.csv")}))
+    with pytest.raises(TrainingError, match="rewards of BiScale/Placement-v0 are shares of a window"):
+        make_lanes(tiny({"constraint": constraint, "env_id": "BiScale/Placement-v0", "env": {}}))
+
+
 def test_loads_move_for_episodes_to_come(tiny: Make) -> None:
     lanes = make_lanes(tiny())
     lanes.seed(0)

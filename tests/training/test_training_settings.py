@@ -79,6 +79,11 @@ def test_what_the_zoo_has_and_lanes_have_not_is_refused(entry: str, message: str
         ({"env.violation_penalty": 2.0, "constraint": {}}, "both price violations"),
         ({"lanes": 2, "scenarios": ["smoke", "smoke", "smoke"]}, "lanes is 2"),
         ({"discount": "time"}, "discount_per_s"),
+        ({"scenario_env": {"smok": {}}}, "scenario_env: did you mean 'smoke'?"),
+        ({"scenario_env": {"smoke": {"decide_every": 2}}}, "scenario_env.smoke.decide_every"),
+        ({"scenario_env": {"smoke": {"violation_penalty": 2.0}}, "constraint": {}}, "both price violations"),
+        ({"scenario_env": {"smoke": {"discount_per_s": 1.0}}, "env.discount_per_s": 0.9, "discount": "time"}, "needs"),
+        ({"scenario_env": {"smoke": {"load": [0.5, 1.0]}}, "curriculum": {}}, "both set loads"),
     ],
 )
 def test_wrong_settings_are_told_in_one_message(changed: dict[str, Any], message: str, tiny: Make) -> None:
