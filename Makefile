@@ -9,7 +9,7 @@ LIVE := $(LIVE_VENV)/.installed
 # Where torch's CPU build is, unless pip has been told of further places already.
 TORCH_INDEX ?= $(if $(PIP_FIND_LINKS)$(PIP_EXTRA_INDEX_URL),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test lint bench live-cpu live-demo live-test clean
+.PHONY: demo test lint bench live-cpu live-demo test-live test-live-smoke clean
 .DEFAULT_GOAL := demo
 
 # Set-up happens once: the stamps are younger than what they depend on until a dependency changes.
@@ -48,13 +48,18 @@ $(LIVE): requirements-live-cpu.txt pyproject.toml
 	$(LIVE_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-live-cpu: $(LIVE)
+# The environment, and proof that it works.
+live-cpu: test-live
 
 live-demo: $(LIVE)
 	$(LIVE_VENV)/bin/biscale-gym live --scenario live-smoke --controllers max-clock,biscale --out results/live
 
-live-test: $(LIVE)
+test-live: $(LIVE)
 	$(LIVE_VENV)/bin/python -m pytest tests/live
+
+# One prompt after another through a real prefill and a real decode worker; `.ci/run` always does.
+test-live-smoke: $(LIVE)
+	$(LIVE_VENV)/bin/python -m pytest tests/live -m live_smoke
 
 clean:
 	rm -rf results build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

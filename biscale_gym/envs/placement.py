@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,17 +12,16 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from biscale_gym.cluster.ledger import InstanceLedger
-from biscale_gym.cluster.placement import PHASES, Placement, PlacementError, layout
+from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.config import ConfigError, validate
 from biscale_gym.control.controllers import Controller, make_controller
 from biscale_gym.control.scenario import load_scenario
-from biscale_gym.envs.cluster_layout import SLOTS_PER_PHASE
 from biscale_gym.envs.episodes import Episode, EpisodeSource
 from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.lanes import overdue
 from biscale_gym.envs.layout import numbered
-from biscale_gym.envs.placement_layout import MOST_INSTANCES, PAST_WINDOWS, PEAKS_S, log_rate, placement_entries
+from biscale_gym.envs.placement_choice import WindowView, placement_choice
 from biscale_gym.envs.saved import (
     Saved,
     joined,
@@ -41,8 +39,7 @@ from biscale_gym.envs.settings import PlacementEnvSettings
 from biscale_gym.envs.snapshots import Snapshots
 from biscale_gym.envs.windows import WindowDemand
 from biscale_gym.metrics import Counted, measure
-from biscale_gym.planning.classes import Column, InstanceClass, Measurement, fitting_degrees
-from biscale_gym.planning.relaxation import usable_table
+from biscale_gym.planning.classes import InstanceClass
 
 Observation = NDArray[np.float32]
 
@@ -88,12 +85,10 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
         self._tier2: Controller | None = None
         if self.settings.clocks != "hold":
             self._tier2 = make_controller(self.settings.clocks)
-        self.classes = self._class_table()
-        self.observation_entries = placement_entries(len(self.classes))
+        self.choice, _ = placement_choice(self.scenario, self.profile, self.source.training(), self.settings)
+        self.observation_entries = self.choice.entries
         self.observation_names = numbered(self.observation_entries)
-        low = np.concatenate([np.full(entry.size, entry.low) for entry in self.observation_entries])
-        high = np.concatenate([np.full(entry.size, entry.high) for entry in self.observation_entries])
-        self.observation_space = spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+        self.observation_space = spaces.Box(*self.choice.ranges(), dtype=np.float32)
         self.action_space = spaces.Discrete(len(self.classes) + 1)
         self.episode: Episode | None = None
         self.demand: WindowDemand | None = None
@@ -105,9 +100,14 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
         self._over = True
 
     @property
+    def classes(self) -> tuple[InstanceClass, ...]:
+        """The class table."""
+        return self.choice.classes
+
+    @property
     def commit(self) -> int:
         """The action that plays the window."""
-        return len(self.classes)
+        return self.choice.commit
 
     @property
     def simulator(self) -> Simulator:
@@ -119,29 +119,6 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
         if self._simulator is None:
             raise EnvironmentUsageError("no window has been committed yet")
         return self._simulator
-
-    def _class_table(self) -> tuple[InstanceClass, ...]:
-        cluster, settings, clocks = self.scenario.cluster, self.settings, tuple(self.scenario.clocks_mhz)
-        measurement = Measurement(
-            profile=self.profile,
-            cluster=cluster,
-            slo=self.scenario.slo,
-            training=self.source.training(),
-            headroom=settings.headroom,
-            quantile=settings.quantile,
-            requests_per_probe=settings.requests_per_probe,
-            warmup_s=settings.probe_warmup_s,
-            rate_tolerance=settings.rate_tolerance,
-            seed=settings.table_seed,
-            tpot_definition=self.scenario.tpot_definition,
-        )
-        columns = tuple(
-            Column(phase, tp, 1, clocks)
-            for phase in PHASES
-            for tp in fitting_degrees(self.profile, phase, cluster.gpus_per_node)
-        )
-        table, _ = usable_table(measurement, columns)
-        return tuple(table)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -171,49 +148,9 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
         self.placement, self.window, self.chosen = None, 0, []
         self._simulator, self._start, self._over = None, None, False
 
-    def _placed(self, chosen: Sequence[int]) -> Placement:
-        """The instances of the chosen classes: prefill first, large ones first; requests are shared by R_c."""
-        rows = sorted(
-            (self.classes[number] for number in chosen),
-            key=lambda row: (PHASES.index(row.phase), -row.gpus, -row.clock_mhz),
-        )
-        return Placement(tuple(row.spec() for row in rows))
-
-    def _fits(self, chosen: Sequence[int]) -> bool:
-        cluster = self.scenario.cluster
-        phases = [self.classes[number].phase for number in chosen]
-        if any(phases.count(phase) > SLOTS_PER_PHASE for phase in PHASES):
-            return False
-        placement = self._placed(chosen)
-        if placement.gpus > cluster.gpus:
-            return False
-        try:
-            layout(placement, cluster.nodes, cluster.gpus_per_node)
-        except PlacementError:
-            return False
-        return True
-
     def action_masks(self) -> NDArray[np.bool_]:
-        """What may be done now: bool[classes + 1].
-
-        A class fits if the GPUs of the nodes hold one more instance of it and leave room for the phase that has none;
-        the commit is allowed once both phases have an instance.
-        """
-        masks = np.zeros(len(self.classes) + 1, dtype=np.bool_)
-        phases = {self.classes[number].phase for number in self.chosen}
-        smallest = {
-            phase: min((row.gpus, number) for number, row in enumerate(self.classes) if row.phase == phase)[1]
-            for phase in PHASES
-        }
-        fitting: dict[tuple[str, int], bool] = {}
-        for number, row in enumerate(self.classes):
-            kind = (row.phase, row.gpus)
-            if kind not in fitting:
-                missing = [smallest[phase] for phase in PHASES if phase not in {*phases, row.phase}]
-                fitting[kind] = self._fits([*self.chosen, number, *missing])
-            masks[number] = fitting[kind] and row.rate_rps > 0.0
-        masks[self.commit] = len(phases) == len(PHASES)
-        return masks
+        """What may be done now: bool[classes + 1]; see ``PlacementChoice.masks``."""
+        return self.choice.masks(self.chosen)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Add an instance, or commit and play the window.
@@ -268,7 +205,7 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
         """Put the placement in force and serve its window; returns reward, whether it was the last, and info."""
         assert self.episode is not None
         assert self.demand is not None
-        placement = self._placed(self.chosen)
+        placement = self.choice.placed(self.chosen)
         if self._simulator is None:
             self._simulator = self._open(placement)
             self._simulator.set_policies(*self._policies())
@@ -331,64 +268,26 @@ class PlacementEnv(Snapshots, gymnasium.Env[Observation, Any]):
         row = measure(requests, counted, scenario.slo, scenario.tpot_definition, overhead_s).row
         return {name: float(value) for name, value in row.items() if np.isfinite(value)}
 
-    def _counts(self, placement: Placement | None) -> NDArray[np.float64]:
-        counts = np.zeros(len(self.classes))
-        for spec in placement.instances if placement is not None else ():
-            for number, row in enumerate(self.classes):
-                if (row.phase, row.tp, row.pp, row.clock_mhz) == (spec.phase, spec.tp, spec.pp, spec.clock_mhz):
-                    counts[number] += 1
-        return counts
-
-    def _past(self) -> tuple[list[float], list[float]]:
-        """Mean rates of the last windows, latest first, and the last one's busiest stretches [requests/s]."""
-        assert self.demand is not None
-        window_s = self.scenario.window_s
-        past = [self.demand.arrivals_s(number) for number in range(max(0, self.window - PAST_WINDOWS), self.window)]
-        rates = [len(arrivals) / window_s for arrivals in reversed(past)]
-        peaks = [0.0] * len(PEAKS_S)
-        if past and len(past[-1]):
-            for position, length_s in enumerate(PEAKS_S):
-                bins = np.arange(0.0, window_s + length_s, length_s)
-                peaks[position] = float(np.histogram(past[-1], bins)[0].max()) / length_s
-        return rates + [0.0] * (PAST_WINDOWS - len(rates)), peaks
+    def _view(self) -> WindowView:
+        demand = self.demand
+        assert demand is not None
+        return WindowView(
+            share=self.window / len(demand.borders_s),
+            mean_rate_rps=demand.mean_rate_rps,
+            past_rps=demand.past_rps(self.window),
+            last_arrivals_s=demand.last_arrivals_s(self.window),
+            window_s=self.scenario.window_s,
+            previous=self.placement,
+        )
 
     def _observe(self) -> Observation:
-        assert self.demand is not None
-        rates, peaks = self._past()
-        counts = np.bincount(self.chosen, minlength=len(self.classes)).astype(np.float64)
-        own_rates = np.array([row.rate_rps for row in self.classes])
-        gpus = np.array([row.gpus for row in self.classes])
-        capacity = [
-            float(sum(counts[number] * row.rate_rps for number, row in enumerate(self.classes) if row.phase == phase))
-            for phase in PHASES
-        ]
-        cluster_gpus = self.scenario.cluster.gpus
-        values = np.concatenate(
-            [
-                [self.scenario.slo.ttft_s, self.scenario.slo.tpot_s / 0.1],
-                [self.window / len(self.demand.borders_s)],
-                [log_rate(self.demand.mean_rate_rps)],
-                log_rate(np.array(rates)),
-                log_rate(np.array(peaks)),
-                [(cluster_gpus - float(counts @ gpus)) / cluster_gpus],
-                log_rate(np.array(capacity)),
-                counts / MOST_INSTANCES,
-                self._counts(self.placement) / MOST_INSTANCES,
-                gpus / 8.0,
-                log_rate(own_rates),
-                np.array([row.joules_per_request for row in self.classes]) / 200.0,
-            ]
-        )
-        space = self.observation_space
-        assert isinstance(space, spaces.Box)
-        observation: Observation = np.clip(np.nan_to_num(values), space.low, space.high).astype(np.float32)
-        return observation
+        return self.choice.observe(self._view(), self.chosen)
 
     def render(self) -> str | None:
         """A line: the window, what is chosen for it, and what may still be added."""
         if self.render_mode != "ansi":
             return None
-        chosen = self._placed(self.chosen).describe() if self.chosen else "nothing yet"
+        chosen = self.choice.placed(self.chosen).describe() if self.chosen else "nothing yet"
         return f"window {self.window}: {chosen}; {int(self.action_masks()[:-1].sum())} classes still fit"
 
     def saved(self) -> Saved:

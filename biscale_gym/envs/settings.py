@@ -76,26 +76,38 @@ class ClusterEnvSettings(EpisodeSettings, RewardSettings):
     planner: str | None = None
 
 
-class PlacementEnvSettings(EpisodeSettings):
-    """Settings of ``BiScale/Placement-v0``.
+class ClassTableSettings(Settings):
+    """How class tables are measured; the defaults are BiScale's, so that the tables on disk serve both.
 
     Attributes:
-        clocks: whose clock policies run within the windows: a controller's name, or ``hold``.
-        reference_w_per_gpu: the reward of a window in which all GPUs draw this power is -1.
-        violation_penalty: of a window in which every request breaks an SLO.
-        headroom, quantile, requests_per_probe, probe_warmup_s, rate_tolerance, table_seed: of the class tables; the
-            defaults are BiScale's, so that the tables on disk serve both.
+        headroom: share of the SLO that the quantile may use.
+        quantile: of latency.
+        requests_per_probe: least number of requests in a simulation.
+        probe_warmup_s: its uncounted start.
+        rate_tolerance: relative width at which bisection stops.
+        table_seed: of thinning.
     """
 
-    clocks: str = "biscale"
-    reference_w_per_gpu: Positive = 700.0
-    violation_penalty: NonNegative = 10.0
     headroom: Annotated[float, Field(gt=0, le=1)] = 0.95
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.99
     requests_per_probe: Annotated[int, Field(ge=100)] = 10_000
     probe_warmup_s: NonNegative = 30.0
     rate_tolerance: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     table_seed: Annotated[int, Field(ge=0)] = 2602
+
+
+class PlacementEnvSettings(EpisodeSettings, ClassTableSettings):
+    """Settings of ``BiScale/Placement-v0``.
+
+    Attributes:
+        clocks: whose clock policies run within the windows: a controller's name, or ``hold``.
+        reference_w_per_gpu: the reward of a window in which all GPUs draw this power is -1.
+        violation_penalty: of a window in which every request breaks an SLO.
+    """
+
+    clocks: str = "biscale"
+    reference_w_per_gpu: Positive = 700.0
+    violation_penalty: NonNegative = 10.0
 
 
 class InstanceEnvSettings(EpisodeSettings, RewardSettings):

@@ -49,16 +49,23 @@ class WindowDemand:
         own.setflags(write=False)
         return own
 
+    def past_rps(self, window: int) -> tuple[float, ...]:
+        """Mean rates of the windows before one, in order."""
+        return tuple(len(self.arrivals_s(past)) / self.scenario.window_s for past in range(window))
+
+    def last_arrivals_s(self, window: int) -> NDArray[np.float64]:
+        """Arrivals of the window before one; none before the first."""
+        return self.arrivals_s(window - 1) if window else no_arrivals()
+
     def context(self, window: int, previous: Placement | None) -> PlanContext:
         """What a controller knows when it plans a window."""
-        history = tuple(len(self.arrivals_s(past)) / self.scenario.window_s for past in range(window))
         return PlanContext(
             scenario=self.scenario,
             profile=self.profile,
             training=self.training,
             mean_rate_rps=self.mean_rate_rps,
-            history_rps=history,
+            history_rps=self.past_rps(window),
             previous=previous,
             clocks_mhz=self.clocks_mhz,
-            last_arrivals_s=self.arrivals_s(window - 1) if window else no_arrivals(),
+            last_arrivals_s=self.last_arrivals_s(window),
         )

@@ -34,6 +34,10 @@ _DECIDING = (
     "envs/encoding.py",
     "envs/layout.py",
     "envs/mlp.py",
+    "envs/network.py",
+    "envs/placement_choice.py",
+    "envs/placement_layout.py",
+    "envs/placement_mlp.py",
 )
 _UNDECIDING_PRESETS = ("sweeps", "traces", "training")
 """Kinds that no run reads: how agents are trained, where published traces are."""

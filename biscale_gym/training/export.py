@@ -16,7 +16,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from biscale_gym.config import config_hash
 from biscale_gym.control.scenario import load_scenario
-from biscale_gym.envs.mlp import Activation, ClockMLP, Head, Shield
+from biscale_gym.envs.mlp import ClockMLP, Head, Shield
+from biscale_gym.envs.network import Activation, Network
+from biscale_gym.envs.placement import PlacementEnv
+from biscale_gym.envs.placement_mlp import PlacementMLP, kinds_of
+from biscale_gym.envs.settings import ClassTableSettings
 from biscale_gym.fingerprint import fingerprint
 from biscale_gym.training.settings import TrainingSettings
 
@@ -85,6 +89,28 @@ def clock_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[st
     )
 
 
+def placement_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[str, Any]) -> PlacementMLP | None:
+    """A trained model as a planner; None where it has no such form: only networks that are trained under masks do."""
+    layers = network(model, settings.algorithm)
+    if settings.env_id != PlacementEnv.env_id or settings.algorithm != "maskable-ppo" or layers is None:
+        return None
+    if any(wrapper.name not in REWARD_WRAPPERS for wrapper in settings.wrappers):
+        return None
+    slos = [load_scenario(name, settings.env.get("overrides")).slo for name in settings.scenarios]
+    env = PlacementEnv(settings.scenarios[0], **settings.env)
+    activation: Activation = settings.activation
+    return PlacementMLP(
+        kinds=kinds_of(env.choice),
+        slo_s=(
+            (min(slo.ttft_s for slo in slos), max(slo.ttft_s for slo in slos)),
+            (min(slo.tpot_s for slo in slos), max(slo.tpot_s for slo in slos)),
+        ),
+        table=ClassTableSettings(**env.settings.model_dump(include=set(ClassTableSettings.model_fields))),
+        network=Network(tuple(weights for weights, _ in layers), tuple(biases for _, biases in layers), activation),
+        about=about,
+    )
+
+
 def write_onnx(path: Path, layers: Layers, activation: Activation, space: spaces.Space[Any], head: Head) -> None:
     """Write the network as ONNX: ``observation`` float32[N, size] to ``output``, and for one clock to ``action``.
 
@@ -141,7 +167,8 @@ def export_model(model: BaseAlgorithm, settings: TrainingSettings, folder: Path,
         made: step, score and seed, for the description.
 
     Returns:
-        The names written: ``policy.safetensors`` and ``policy.json`` (a clock policy for ``compare``), ``policy.onnx``.
+        The names written: ``policy.safetensors`` and ``policy.json`` (clocks or placements for ``compare``),
+        ``policy.onnx``.
     """
     layers = network(model, settings.algorithm)
     if layers is None:
@@ -150,10 +177,9 @@ def export_model(model: BaseAlgorithm, settings: TrainingSettings, folder: Path,
     head: Head = "squashed" if settings.algorithm in ("sac", "tqc") else "clipped"
     write_onnx(folder / ONNX, layers, settings.activation, model.action_space, head)
     told = settings.model_dump(mode="json")
-    clocks = clock_model(
-        model, settings, {**made, "settings": told, "settings_hash": config_hash(told), "fingerprint": fingerprint()}
-    )
-    if clocks is not None:
-        clocks.save(folder / POLICY)
+    about = {**made, "settings": told, "settings_hash": config_hash(told), "fingerprint": fingerprint()}
+    compiled = clock_model(model, settings, about) or placement_model(model, settings, about)
+    if compiled is not None:
+        compiled.save(folder / POLICY)
         names += [f"{POLICY}.safetensors", f"{POLICY}.json"]
     return names

@@ -5,21 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from agents.biscale import BiScale
 from agents.errors import AgentError
-from agents.learned import MODELS, Learned, find_model, shipped_models
+from agents.learned import MODELS, Learned, find_model, find_planner, shipped_models
 from biscale_gym.cluster.placement import PHASES
-from biscale_gym.config import ConfigError, preset_names
+from biscale_gym.config import ConfigError, preset_names, validate
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.rollout import RunJob, run
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.control.workload import requests_for
 from biscale_gym.envs import layout
-from biscale_gym.envs.mlp import ClockMLP, ModelError, load_model
+from biscale_gym.envs.mlp import ClockMLP, load_model
+from biscale_gym.envs.network import ModelError
+from biscale_gym.envs.policies import PlannerPolicy
 from biscale_gym.evaluation.identity import run_id
+from biscale_gym.training.algorithms import make_model
+from biscale_gym.training.environments import make_lanes
+from biscale_gym.training.export import export_model
+from biscale_gym.training.settings import TrainingSettings
 
 QUICK = {"forecast": {"requests_per_probe": 400, "warmup_s": 2.0}}
 CLOCKS_MHZ = (930, 1410, 1830)
@@ -162,3 +170,66 @@ def test_the_shipped_models_serve_every_scenario(name: str) -> None:
 def test_an_slo_outside_of_those_trained_for_is_refused(slo: dict[str, float], phase: str) -> None:
     with pytest.raises(ModelError, match=rf"the {phase} model was trained for SLOs from .* the run has"):
         run(RunJob(scenario="paper-67", controller="learned", overrides={"slo": slo}))
+
+
+@pytest.fixture(scope="module")
+def trained_planner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A placement policy of random weights, large enough that its choices vary, and where it was exported."""
+    values = {
+        "env_id": "BiScale/Placement-v0",
+        "scenarios": ["smoke"],
+        "env": {"requests_per_probe": 400, "probe_warmup_s": 2.0},
+        "algorithm": "maskable-ppo",
+        "hyperparameters": {"n_steps": 8, "batch_size": 8},
+        "lanes": 1,
+        "total_steps": 8,
+    }
+    settings = validate(TrainingSettings, values, "test")
+    model = make_model(settings, make_lanes(settings))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weights in model.policy.parameters():
+            weights *= 8.0
+    folder = tmp_path_factory.mktemp("planner")
+    assert export_model(model, settings, folder, {"step": 0}) == ["policy.onnx", "policy.safetensors", "policy.json"]
+    return model, folder
+
+
+def test_a_trained_placement_policy_plans_as_in_its_environment(trained_planner: tuple[Any, Path]) -> None:
+    model, folder = trained_planner
+    table = {"requests_per_probe": 400, "probe_warmup_s": 2.0}
+    env: Any = gymnasium.make("BiScale/Placement-v0", scenario="smoke", **table)
+    agent = PlannerPolicy(Learned(prefill="biscale", decode="biscale", placement=str(folder)), env)
+    seen, over = [], False
+    observation, _ = env.reset(seed=0)
+    while not over:
+        masks = env.unwrapped.action_masks()
+        wanted, _ = model.predict(observation, action_masks=masks, deterministic=True)
+        if not env.unwrapped.chosen:
+            plan: list[int] = []
+        plan.append(int(wanted))
+        if wanted == env.unwrapped.commit:
+            view = env.unwrapped.demand.context(env.unwrapped.window, env.unwrapped.placement)
+            placement = agent._controller.plan(view)
+            assert placement == env.unwrapped.choice.placed(plan[:-1])
+            seen.append(placement)
+        observation, _, _, over, _ = env.step(int(wanted))
+    assert len(seen) == len(env.unwrapped.demand.borders_s)
+
+
+def test_a_trained_placement_policy_runs_in_a_comparison(trained_planner: tuple[Any, Path]) -> None:
+    _, folder = trained_planner
+    settings = {"prefill": "biscale", "decode": "biscale", "placement": str(folder)}
+    job = RunJob(scenario="smoke", controller="agents.learned:Learned", controller_settings=settings)
+    assert run(job).row["requests_finished"] > 0
+    with pytest.raises(ModelError, match=r"TTFT SLOs from .* to .* s, the run has 9 s"):
+        run(job.model_copy(update={"overrides": {"slo.ttft_s": 9.0}}))
+    with pytest.raises(
+        ModelError, match=r"chooses among 18 classes, the run has 12; only one of them has \w+ TP\d at 1830 MHz"
+    ):
+        run(job.model_copy(update={"overrides": {"clocks_mhz": [930, 1410]}}))
+
+
+def test_an_unknown_placement_names_the_nearest() -> None:
+    with pytest.raises(AgentError, match=r"no placement 'load-curve'; .*load-curves"):
+        find_planner("load-curve")

@@ -17,7 +17,8 @@ import biscale_gym  # noqa: F401 - registers the environments
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.policy import MEMORY_SIZE
 from biscale_gym.envs import layout
-from biscale_gym.envs.mlp import ClockMLP, ModelError, Shield, decode_clock, load_model
+from biscale_gym.envs.mlp import ClockMLP, Shield, decode_clock, load_model
+from biscale_gym.envs.network import ModelError
 from tests.envs.test_policies import assert_same, simulated
 
 CLOCKS_MHZ = (750, 930, 1110, 1290, 1470, 1650, 1830)

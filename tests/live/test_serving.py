@@ -1,6 +1,6 @@
 """Real vLLM workers on CPU cores: serving, KV transfer, and what happens when a worker or the parent dies.
 
-They need the environment of ``make live-cpu``: ``.venv-live/bin/python -m pytest -m live tests/live``.
+They need vLLM: ``make test-live``, or ``.venv-live/bin/python -m pytest -m live tests/live``.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def settled(pool: Pool, phase: str) -> bool:
 # -- serving -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.live_smoke
 def test_every_prompts_kv_is_transferred_and_lengths_are_exact(play: Play, pool: Pool, tmp_path: Path) -> None:
     trace = steady()
     outcome = play(trace)
