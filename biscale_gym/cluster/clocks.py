@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from biscale_gym._jit import compiled
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.iteration import clock_in_force
 from biscale_gym.cluster.primitives import accrue, log_event, lognormal, set_event, set_power, splitmix64
 from biscale_gym.cluster.state import EV_ASK, EV_CLOCK, GONE, LOADING, State
@@ -14,14 +14,14 @@ FIRST_RETURN = 0
 JOB_END = 1
 
 
-@compiled
+@inlined
 def _take_effect(st: State, i: int, clock: int) -> None:
     st.inst[i].clock_changes += 1
     log_event(st, EV_CLOCK, i, clock)
     clock_in_force(st, i, clock)
 
 
-@compiled
+@inlined
 def _serve(st: State, n: int, i: int) -> None:
     """The driver of node n begins instance i's job: one call per GPU, back to back."""
     g = st.glob[0]
@@ -45,7 +45,7 @@ def _serve(st: State, n: int, i: int) -> None:
     set_power(st, i, inst.power_w, inst.status == LOADING)
 
 
-@compiled
+@inlined
 def node_event(st: State, n: int) -> None:
     """A stage of node n's driver is over: the clock changes, or the job ends and the next begins."""
     node = st.node[n]

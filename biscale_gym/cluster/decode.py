@@ -30,6 +30,7 @@ from biscale_gym.cluster.state import (
 )
 
 _LOW_HALF = (1 << 32) - 1
+"""Of a heap's key: its request. Of an index: all of it, and numba no longer asks at each use whether it is negative."""
 
 
 @compiled
@@ -141,15 +142,15 @@ def _forget_slack(st: State, i: int, r: int) -> None:
     n = st.inst[i].run_n
     saved_s = st.slack_s[i]
     value_s = _saved_s(st.glob[0], st.req[r])
-    low, high = 0, n - 1
-    while low < high:
-        middle = (low + high) // 2
-        if saved_s[middle] > value_s:
-            low = middle + 1
-        else:
-            high = middle
-    for position in range(low, n - 1):
-        saved_s[position] = saved_s[position + 1]
+    first, span = np.int64(0), n
+    while span > 1:
+        # Added, not branched on: which half it is in cannot be predicted.
+        half = span >> 1
+        first += half * np.int64(saved_s[(first + half - 1) & _LOW_HALF] > value_s)
+        span -= half
+    rest_s = saved_s[first:n]
+    for position in range(n - 1 - first):
+        rest_s[position] = rest_s[position + 1]
 
 
 @inlined
@@ -184,17 +185,24 @@ def _join(st: State, i: int, r: int) -> None:
 
 @inlined
 def _heap_replace(heap: Any, n: int, position: int, key: int) -> None:
-    """Put ``key`` at ``position`` of a heap of n keys and let it sink."""
-    while True:
-        child = 2 * position + 1
-        if child >= n:
-            break
+    """Put ``key`` at ``position`` of a heap of n keys and let it sink: to the bottom, where most end, and up again."""
+    top = position
+    child = (2 * position + 1) & _LOW_HALF
+    while child + 1 < n:
         # Added, not branched on: which child is the lesser cannot be predicted.
-        child += np.int64(child + 1 < n and heap[child + 1] < heap[child])
-        if heap[child] >= key:
-            break
+        child += np.int64(heap[child + 1] < heap[child])
         heap[position] = heap[child]
         position = child
+        child = (2 * position + 1) & _LOW_HALF
+    if child < n:
+        heap[position] = heap[child]
+        position = child
+    while position > top:
+        parent = (position - 1) >> 1
+        if heap[parent] <= key:
+            break
+        heap[position] = heap[parent]
+        position = parent
     heap[position] = key
 
 

@@ -34,6 +34,7 @@ from biscale_gym.cluster.primitives import (
     accrue_unallocated,
     iteration_entity,
     mark_dirty,
+    others_s,
     set_event,
     set_power,
 )
@@ -243,27 +244,52 @@ def _mode(st: State, i: int, reason: int) -> int:
 
 
 @inlined
-def _iteration_event(st: State, i: int) -> None:
-    """The timer of instance i's iteration rang: its end, its overrun, or its loading is done."""
+def _iteration_event(st: State, i: int, arrival_s: float) -> bool:
+    """The timer of instance i's iteration rang: its end, its overrun, or its loading is done.
+
+    Returns whether the instance is the next to be woken, as nothing else happens in this instant: then it is not
+    flagged, and its timer still stands at now.
+    """
     g = st.glob[0]
     inst = st.inst[i]
+    entity = iteration_entity(st, i)
     if not inst.running:
-        set_event(st, iteration_entity(st, i), np.inf)
+        set_event(st, entity, np.inf)
         activate(st, i)
         route_common_queues(st)
-        return
+        return False
     if g.now_s < inst.end_s:
         inst.overrun_s = -1.0
         inst.ask_overrun = 1
-        set_event(st, iteration_entity(st, i), inst.end_s)
+        set_event(st, entity, inst.end_s)
         mark_dirty(st, i)
-        return
+        return False
+    alone = g.dirty_n == 0 and arrival_s > g.now_s and others_s(st, entity) > g.now_s
     end_iteration(st, i)
-    mark_dirty(st, i)
+    if not alone:
+        set_event(st, entity, np.inf)
+        mark_dirty(st, i)
     if inst.phase == PREFILL:
         end_prefill(st, i)
     else:
         end_decode(st, i)
+    return alone
+
+
+@inlined
+def _next_arrival_s(st: State) -> float:
+    g = st.glob[0]
+    return st.req[g.next_arrival].arrival_s if g.next_arrival < g.requests else np.inf
+
+
+@inlined
+def _next_to_wake(st: State) -> int:
+    g = st.glob[0]
+    i = np.int64(st.dirty[g.dirty_next])
+    g.dirty_next = g.dirty_next + 1 if g.dirty_next + 1 < g.capacity else 0
+    g.dirty_n -= 1
+    st.inst[i].dirty = 0
+    return i
 
 
 @compiled
@@ -296,62 +322,66 @@ def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, 
             return DECISION
         if not _answer(st, answer):
             return BAD_ANSWER
+    arrival_s = _next_arrival_s(st)
     while True:
         # Events of this instant come before waking; waking may cause more of them.
         event_s = tree_s[1]
-        arrival_s = st.req[g.next_arrival].arrival_s if g.next_arrival < g.requests else np.inf
+        ended = False
         if g.dirty_n > 0 and event_s > g.now_s and arrival_s > g.now_s:
-            i = np.int64(st.dirty[g.dirty_next])
-            g.dirty_next = g.dirty_next + 1 if g.dirty_next + 1 < g.capacity else 0
-            g.dirty_n -= 1
-            inst = st.inst[i]
-            inst.dirty = 0
-            reason = _wake(st, i)
-            if reason == _NOTHING:
-                continue
-            mode = _mode(st, i, reason)
-            if mode == COMPILED:
-                observe(st, i, reason)
-                model = st.predicted[inst.predicted_start : inst.predicted_stop]
-                if inst.phase == PREFILL:
-                    clock = prefill_policy(st.obs[PREFILL], st.memory[i], st.params_prefill, model)
-                else:
-                    clock = decode_policy(st.obs[DECODE], st.memory[i], st.params_decode, model)
-                g.decisions += 1
-                if clock < 0 or clock >= g.clocks:
-                    g.pending_instance = i
-                    g.pending_reason = reason
-                    g.bad_answer = clock
-                    return BAD_ANSWER
-                if clock != inst.target:
-                    ask_clock(st, i, clock)
-            elif mode == EXTERNAL:
-                observe(st, i, reason)
-                g.pending_instance = i
-                g.pending_reason = reason
-                return DECISION
-            if reason == f.BOUNDARY:
-                begin_iteration(st, i)
-            continue
-        if event_s <= arrival_s:
+            i = _next_to_wake(st)
+        elif event_s <= arrival_s:
             if event_s >= until_s:
                 break
             entity = np.int64(tree_entity[1])
             g.now_s = event_s
-            first_iteration = g.nodes + g.capacity
-            if entity >= first_iteration:
-                _iteration_event(st, entity - first_iteration)
+            i = entity - g.nodes - g.capacity
+            if i >= 0:
+                ended = _iteration_event(st, i, arrival_s)
             elif entity >= g.nodes:
                 deliver(st, entity - g.nodes)
             else:
                 node_event(st, entity)
+            if not ended:
+                continue
         else:
             if arrival_s >= until_s:
                 break
             g.now_s = arrival_s
             r = g.next_arrival
             g.next_arrival += 1
+            arrival_s = _next_arrival_s(st)
             arrive(st, r)
+            continue
+        inst = st.inst[i]
+        reason = _wake(st, i)
+        mode = _mode(st, i, reason)
+        if ended and (reason != f.BOUNDARY or mode != HOLD):
+            # Where the next iteration begins at once, the timer is set to its end instead.
+            set_event(st, iteration_entity(st, i), np.inf)
+        if reason == _NOTHING:
+            continue
+        if mode == COMPILED:
+            observe(st, i, reason)
+            model = st.predicted[inst.predicted_start : inst.predicted_stop]
+            if inst.phase == PREFILL:
+                clock = prefill_policy(st.obs[PREFILL], st.memory[i], st.params_prefill, model)
+            else:
+                clock = decode_policy(st.obs[DECODE], st.memory[i], st.params_decode, model)
+            g.decisions += 1
+            if clock < 0 or clock >= g.clocks:
+                g.pending_instance = i
+                g.pending_reason = reason
+                g.bad_answer = clock
+                return BAD_ANSWER
+            if clock != inst.target:
+                ask_clock(st, i, clock)
+        elif mode == EXTERNAL:
+            observe(st, i, reason)
+            g.pending_instance = i
+            g.pending_reason = reason
+            return DECISION
+        if reason == f.BOUNDARY:
+            begin_iteration(st, i)
     if until_s < np.inf:
         g.now_s = max(g.now_s, until_s)
         if event_s == np.inf and arrival_s == np.inf:

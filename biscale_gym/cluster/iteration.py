@@ -93,7 +93,7 @@ def begin_iteration(st: State, i: int) -> None:
     _schedule(st, i, inst)
 
 
-@compiled
+@inlined
 def clock_in_force(st: State, i: int, clock: int) -> None:
     """The new clock holds from now on; a running iteration's remaining work is rescaled."""
     g = st.glob[0]
@@ -120,14 +120,16 @@ def clock_in_force(st: State, i: int, clock: int) -> None:
 
 @inlined
 def end_iteration(st: State, i: int) -> None:
-    """Close the running iteration: what it took and what was predicted become the last observation."""
+    """Close the running iteration: what it took and what was predicted become the last observation.
+
+    Its timer is left to the caller.
+    """
     g = st.glob[0]
     inst = st.inst[i]
     inst.running = 0
     inst.last_observed_s = g.now_s - inst.iter_start_s
     inst.last_predicted_s = inst.predicted_done_s + inst.work_left * inst.predicted_full_s
     inst.iterations += 1
-    set_event(st, iteration_entity(st, i), np.inf)
 
 
 @compiled

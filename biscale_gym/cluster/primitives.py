@@ -26,14 +26,28 @@ def set_event(st: State, entity: int, time_s: float) -> None:
     while position > 1:
         opponent = position ^ 1
         opponent_s = tree_s[opponent]
-        # Equal times are won by the lower entity, which is on the left.
-        if opponent_s < winner_s or (opponent_s == winner_s and opponent < position):
-            winner_s, winner = opponent_s, np.int64(tree_entity[opponent])
+        # Equal times are won by the lower entity, which is on the left. Masked, not branched on: who wins cannot be
+        # predicted.
+        lost = np.int64(opponent_s < winner_s) | (np.int64(opponent_s == winner_s) & position)
+        winner ^= (winner ^ np.int64(tree_entity[opponent])) & -lost
+        winner_s = min(opponent_s, winner_s)
         position >>= 1
         if tree_entity[position] != entity and winner != entity:
             break
         tree_s[position] = winner_s
         tree_entity[position] = winner
+
+
+@inlined
+def others_s(st: State, entity: int) -> float:
+    """When the first of all other timers rings."""
+    tree_s = st.tree_s
+    position = st.glob[0].leaves + entity
+    least_s = np.inf
+    while position > 1:
+        least_s = min(least_s, tree_s[position ^ 1])
+        position >>= 1
+    return least_s
 
 
 @inlined

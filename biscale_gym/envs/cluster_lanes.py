@@ -24,12 +24,16 @@ from biscale_gym.envs.encoding import (
     ARRIVALS_1S,
     ARRIVALS_10S,
     ARRIVALS_60S,
+    AT_S,
     COMPLETIONS_10S,
     MHZ,
+    NO_KEEPS,
     TOKENS_UNIT,
+    Keeps,
     clipped,
     follow,
     grid_of,
+    keeps,
     late_share,
     log_rate,
     log_requests,
@@ -146,11 +150,11 @@ def _counts(st: State) -> tuple[int, int]:
 
 
 @inlined
-def _encode_slot(st: State, i: int, params: Any, out: Row, at: int) -> None:
+def _encode_slot(st: State, i: int, params: Any, known: Keeps, out: Row, at: int) -> Keeps:
     g = st.glob[0]
     inst = st.inst[i]
     memory = st.memory[i]
-    follow(memory, g.now_s, inst.routed, inst.completed, inst.late)
+    known = follow(memory, g.now_s, inst.routed, inst.completed, inst.late, known)
     out[at] = np.float32(1.0)
     out[at + 1] = np.float32(inst.running)
     out[at + 2] = clipped(params[1 + inst.clock] / MHZ, 0.0, 1.5)
@@ -198,7 +202,7 @@ def _encode_slot(st: State, i: int, params: Any, out: Row, at: int) -> None:
         out[own + 1] = clipped(left, 0.0, 1.0)
         out[own + 2] = clipped(running_slack, -4.0, 1.0)
         out[own + 3] = clipped(waiting_slack, -4.0, 1.0)
-        return
+        return known
     last = inst.run_n - 1
     out[own] = log_requests(inst.run_n)
     out[own + 1] = clipped(inst.run_kv / max(1, inst.run_n) / TOKENS_UNIT, 0.0, 4.0)
@@ -207,6 +211,7 @@ def _encode_slot(st: State, i: int, params: Any, out: Row, at: int) -> None:
         if last >= 0:
             slack_s = st.slack_s[i, last - percent * last // 100] + g.tpot_slo_s * inst.iterations - g.now_s
         out[own + 2 + k] = clipped(slack_s / (10.0 * g.tpot_slo_s), -4.0, 4.0)
+    return known
 
 
 @compiled
@@ -218,6 +223,8 @@ def encode_cluster(st: State, lane: Any, params: Any, out: Row) -> None:
     for i in range(g.instances):
         if st.inst[i].status in (LOADING, ACTIVE, DRAINING):
             power_w += st.inst[i].power_w
+    # Mostly all were last followed in the same instant.
+    known = keeps(g.now_s - lane.memory[AT_S], NO_KEEPS)
     for slot in range(_SLOTS):
         i = lane.slots[slot]
         if i < 0:
@@ -225,10 +232,10 @@ def encode_cluster(st: State, lane: Any, params: Any, out: Row) -> None:
         at = slot * _PREFILL_SIZE
         if slot >= _PER_PHASE:
             at = _PER_PHASE * _PREFILL_SIZE + (slot - _PER_PHASE) * _DECODE_SIZE
-        _encode_slot(st, i, params, out, at)
+        known = _encode_slot(st, i, params, known, out, at)
     late, finished = _counts(st)
     memory = lane.memory
-    follow(memory, g.now_s, g.arrived, finished, late)
+    follow(memory, g.now_s, g.arrived, finished, late, known)
     out[_TOTALS] = clipped(g.ttft_slo_s, 0.0, 8.0)
     out[_TOTALS + 1] = clipped(g.tpot_slo_s / 0.1, 0.0, 8.0)
     out[_TOTALS + 2] = clipped(lane.interval_s, 0.0, 8.0)

@@ -22,6 +22,7 @@ from biscale_gym.profiles.kernels import iteration_cost, iteration_latency, pref
 
 Vector = NDArray[np.float64]
 Row = NDArray[np.float32]
+Keeps = tuple[float, float, float, float]
 
 # Params of the encoder.
 RUN_CLOCKS = 0
@@ -91,9 +92,20 @@ def _mean_rate(mean: float, count: float, elapsed_s: float, keep: float) -> floa
     return keep * mean + (1.0 - keep) * count / elapsed_s
 
 
+NO_KEEPS = (-1.0, 0.0, 0.0, 0.0)
+
+
 @inlined
-def follow(memory: Vector, now_s: float, routed: float, completed: float, late: float) -> None:
-    """Bring the memory's rates up to now, from an instance's counts so far."""
+def keeps(elapsed_s: float, known: Keeps) -> Keeps:
+    """(``elapsed_s``, what a mean over 1, 10 and 60 s keeps of its value in that time); ``known`` if it is of that."""
+    if elapsed_s == known[0]:
+        return known
+    return elapsed_s, math.exp(-elapsed_s), math.exp(elapsed_s * -0.1), math.exp(elapsed_s * (-1.0 / 60.0))
+
+
+@inlined
+def follow(memory: Vector, now_s: float, routed: float, completed: float, late: float, known: Keeps) -> Keeps:
+    """Bring the memory's rates up to now, from an instance's counts so far; returns the ``keeps`` of the time since."""
     if memory[BEGUN] == 0.0:
         memory[BEGUN] = 1.0
         memory[IDLE_SINCE_S] = now_s
@@ -103,10 +115,8 @@ def follow(memory: Vector, now_s: float, routed: float, completed: float, late: 
         memory[COMPLETIONS_10S] = memory[COMPLETIONS_60S] = completed / seconds
         memory[LATE_60S] = late / seconds
     elif now_s > memory[AT_S]:
-        elapsed_s = now_s - memory[AT_S]
-        keep_60 = math.exp(elapsed_s * (-1.0 / 60.0))
-        keep_10 = math.exp(elapsed_s * -0.1)
-        keep_1 = math.exp(-elapsed_s)
+        known = keeps(now_s - memory[AT_S], known)
+        elapsed_s, keep_1, keep_10, keep_60 = known
         arrivals = routed - memory[ROUTED]
         completions = completed - memory[COMPLETED]
         memory[ARRIVALS_1S] = _mean_rate(memory[ARRIVALS_1S], arrivals, elapsed_s, keep_1)
@@ -116,8 +126,9 @@ def follow(memory: Vector, now_s: float, routed: float, completed: float, late: 
         memory[COMPLETIONS_60S] = _mean_rate(memory[COMPLETIONS_60S], completions, elapsed_s, keep_60)
         memory[LATE_60S] = _mean_rate(memory[LATE_60S], late - memory[LATE], elapsed_s, keep_60)
     else:
-        return
+        return known
     memory[AT_S], memory[ROUTED], memory[COMPLETED], memory[LATE] = now_s, routed, completed, late
+    return known
 
 
 @inlined
@@ -137,18 +148,22 @@ def log_rate(rate_per_s: float) -> np.float32:
 @inlined
 def log_requests(count: float) -> np.float32:
     """ln(1 + count) / ln 1025."""
+    if count == 0.0:  # mostly: the logarithm is spared
+        return np.float32(0.0)
     return clipped(math.log(1.0 + count) / _LN_1025, 0.0, 2.0)
 
 
 @inlined
 def log_tokens(count: float) -> np.float32:
     """ln(1 + count) / ln 65537."""
+    if count == 0.0:  # mostly: the logarithm is spared
+        return np.float32(0.0)
     return clipped(math.log(1.0 + count) / _LN_65537, 0.0, 2.0)
 
 
 @inlined
 def _encode_common(obs: Vector, memory: Vector, params: Vector, slo_unit_s: float, out: Row) -> None:
-    follow(memory, obs[f.NOW_S], obs[f.ROUTED], obs[f.COMPLETED], obs[f.LATE])
+    follow(memory, obs[f.NOW_S], obs[f.ROUTED], obs[f.COMPLETED], obs[f.LATE], NO_KEEPS)
     reason = int(obs[f.REASON])
     for code in range(4):
         out[code] = np.float32(reason == code)
