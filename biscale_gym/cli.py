@@ -218,6 +218,35 @@ def live(
     return 0
 
 
+@app.command
+def profile(
+    out: tyro.conf.Positional[Path] = Path("results/profile/cpu.csv"),
+    scenario: str = "live-smoke",
+    workers: str = "cpu",
+    sweep: str = "cpu",
+    clocks: tuple[int, ...] = (),
+    seed: int = 0,
+) -> int:
+    """Measure what iterations of live workers take, point by point; interrupted, it goes on where it was.
+
+    Args:
+        out: CSV file with its provenance; requests between the workers go to a second file beside it.
+        scenario: Scenario preset or YAML file; its placement says which workers there are.
+        workers: Preset of live settings, or a YAML file.
+        sweep: Preset of configs/profiling, or a YAML file: points, repeats, precision.
+        clocks: Clocks in MHz, which CPU workers only emulate; the scenario's top clock without it.
+        seed: Seed of the prompts' tokens.
+    """
+    from biscale_gym.live import profiling
+
+    done = profiling.profile(scenario, workers, sweep, clocks, out, seed)
+    print(
+        f"{out}: {done.points} points, {done.rows} rows; half width of the 95 % intervals: median "
+        f"{done.median_percent:.1f} %, widest {done.widest_percent:.1f} %"
+    )
+    return 0
+
+
 @trace_app.command
 def fetch(name: tyro.conf.Positional[str], folder: Path = Path("data/traces"), base_url: str | None = None) -> int:
     """Download a published trace: licence shown, checksum checked, an interrupted download resumed.

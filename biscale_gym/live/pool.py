@@ -65,12 +65,13 @@ class WorkerProcess:
         up: whether its engine is ready.
         serving: whether it takes requests.
         kv_used_tokens: as it said last.
+        kv_capacity_tokens: of its engine, once it is up.
         restarts: how often it was replaced.
     """
 
     def __init__(self, setup: m.Setup) -> None:
         self.setup = setup
-        self.kv_used_tokens = 0
+        self.kv_used_tokens = self.kv_capacity_tokens = 0
         self.restarts = -1
         self.restart()
 
@@ -116,6 +117,7 @@ class WorkerProcess:
                 match message:
                     case m.Ready():
                         self.up, self._setting_up = True, False
+                        self.kv_capacity_tokens = message.kv_capacity_tokens
                     case m.Begun():
                         self.serving, self._setting_up = True, False
                     case m.Alive():

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_gym.profiles import kernels
-from biscale_gym.profiles.iterations import Iterations
+from biscale_gym.profiles.iterations import Iterations, work_of
 from biscale_gym.profiles.profile import ProfileError
 from biscale_gym.profiles.tabulated import ProfileTable, compile_table
 
@@ -52,37 +52,58 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitErrors:
-    """Mean absolute percentage errors on rows that the fit did not see, read from the grid as the engine reads it."""
+    """Absolute percentage errors on operating points that the fit did not see: mean and 90th percentile.
+
+    Those of ``fit_tables`` are read from the grid as the engine reads it. Power's are NaN where there is none.
+    """
 
     tp: int
     phase: str
     rows: int
     latency_percent: float
     power_percent: float
+    latency_p90_percent: float
+    power_p90_percent: float
+
+
+Predictor = Callable[[Iterations], Floats]
+"""Latency [ms] and power [W] of iterations, shape (n, 2)."""
 
 
 def fit_tables(
-    iterations: Iterations, settings: FitSettings | None = None
+    iterations: Iterations, settings: FitSettings | None = None, points: NDArray[np.str_] | None = None
 ) -> tuple[dict[int, ProfileTable], list[FitErrors]]:
     """One table per TP degree of ``iterations``, and the cross-validated errors of each phase.
 
+    Args:
+        iterations: of n rows.
+        settings: of trees, grid and folds.
+        points: str[n], operating points, which folds hold out whole; None: iterations of the same work are one.
+
     Raises:
-        ProfileError: a TP degree lacks prefill, decode or idle rows, or has too few rows for the folds.
+        ProfileError: a TP degree lacks prefill, decode or idle rows, or has too few points for the folds.
     """
     # Imported first: the limit reaches only the thread pools that are loaded when it is set.
     import sklearn.ensemble  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     settings = settings or FitSettings()
+    points = work_of(iterations) if points is None else points
     tables: dict[int, ProfileTable] = {}
     errors: list[FitErrors] = []
     # Small trees: threads that wait for each other at every node cost more than they bring.
     with threadpool_limits(1, user_api="openmp"):
         for tp in sorted({int(value) for value in iterations.tp}):
-            own = iterations.rows(iterations.tp == tp)
+            here = iterations.tp == tp
+            own = iterations.rows(here)
             tables[tp] = _fit(own, tp, settings)
             if settings.folds:
-                errors += _cross_validate(own, tp, settings)
+
+                def fit(rows: Iterations, tp: int = tp) -> Predictor:
+                    table = _fit(rows, tp, settings)
+                    return lambda asked: predict(table, tp, asked)
+
+                errors += cross_validate(own, points[here], tp, settings.folds, settings.seed, fit)
     return tables, errors
 
 
@@ -225,23 +246,47 @@ def predict(table: ProfileTable, tp: int, iterations: Iterations) -> Floats:
     return np.array(costs) * [1e3, 1.0]
 
 
-def _cross_validate(iterations: Iterations, tp: int, settings: FitSettings) -> list[FitErrors]:
-    """Errors of both phases, every row predicted by a fit that did not see it."""
-    busy = np.flatnonzero((iterations.batch > 0) | (iterations.prefill_tokens > 0))
-    if busy.size < 10 * settings.folds:
-        raise ProfileError(f"profiled iterations: TP {tp} has {busy.size} rows, {settings.folds} folds need more")
-    fold = np.random.default_rng(settings.seed).permutation(busy.size) % settings.folds
-    predicted = np.empty((busy.size, 2))
-    for number in range(settings.folds):
-        seen = np.ones(len(iterations), dtype=bool)
-        seen[busy[fold == number]] = False
-        table = _fit(iterations.rows(seen), tp, settings)
-        predicted[fold == number] = predict(table, tp, iterations.rows(busy[fold == number]))
-    rows = iterations.rows(busy)
-    measured = np.column_stack([rows.latency_ms, rows.power_w_per_gpu])
-    percent = 100 * np.abs(predicted / measured - 1)
-    phases = {"prefill": rows.prefill_tokens > 0, "decode": rows.batch > 0}
-    return [
-        FitErrors(tp, name, int(mask.sum()), *(float(value) for value in percent[mask].mean(axis=0)))
-        for name, mask in phases.items()
-    ]
+def cross_validate(
+    iterations: Iterations,
+    points: NDArray[np.str_],
+    tp: int,
+    folds: int,
+    seed: int,
+    fit: Callable[[Iterations], Predictor],
+) -> list[FitErrors]:
+    """Errors of both phases, every operating point predicted by a fit that saw none of its rows.
+
+    Args:
+        iterations: of n rows and one TP degree; idle rows are seen by every fit.
+        points: str[n], the rows' operating points.
+        tp: for the answer.
+        folds: parts that each phase's points are dealt into.
+        seed: of the dealing.
+        fit: from rows to predictions.
+
+    Raises:
+        ProfileError: a phase has fewer points than folds.
+    """
+    rng = np.random.default_rng(seed)
+    fold = np.full(len(iterations), -1)
+    phases = {"prefill": iterations.prefill_tokens > 0, "decode": iterations.batch > 0}
+    for name, mask in phases.items():
+        labels, point = np.unique(points[mask], return_inverse=True)
+        if labels.size < folds:
+            raise ProfileError(
+                f"profiled iterations: TP {tp} has {labels.size} {name} points, {folds} folds need as many"
+            )
+        fold[mask] = (rng.permutation(labels.size) % folds)[point]
+    predicted = np.empty((len(iterations), 2))
+    for number in range(folds):
+        out = fold == number
+        predicted[out] = fit(iterations.rows(~out))(iterations.rows(out))
+    measured = np.column_stack([iterations.latency_ms, iterations.power_w_per_gpu])
+    errors = []
+    for name, mask in phases.items():
+        percent = 100 * np.abs(predicted[mask] / measured[mask] - 1)
+        mean, p90 = percent.mean(axis=0), np.percentile(percent, 90, axis=0)
+        errors.append(
+            FitErrors(tp, name, int(mask.sum()), float(mean[0]), float(mean[1]), float(p90[0]), float(p90[1]))
+        )
+    return errors

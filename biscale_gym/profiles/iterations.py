@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,40 +55,143 @@ class Iterations:
 COLUMNS = tuple(field.name for field in fields(Iterations))
 
 
-def write_iterations(path: Path, iterations: Iterations) -> None:
-    """Write a CSV file with the columns of ``Iterations``."""
+EXTRA_COLUMNS = ("host_ms", "point")
+"""What a file may hold beside ``COLUMNS``."""
+POWER = "power_w_per_gpu"
+
+
+@dataclass(frozen=True, eq=False)
+class Profiled:
+    """A profile's file: iterations, and how they came about.
+
+    Attributes:
+        iterations: of n rows; power is NaN where the file has none.
+        host_ms: float64[n], the part of ``latency_ms`` that no clock changes (scheduling, bookkeeping, messages).
+        points: str[n], operating point of each row: rows of one point are repeats of the same measurement.
+        provenance: the JSON of the file's first line; empty without one.
+    """
+
+    iterations: Iterations
+    host_ms: Floats
+    points: NDArray[np.str_]
+    provenance: dict[str, Any]
+
+    @property
+    def has_power(self) -> bool:
+        """Whether power was measured."""
+        return not bool(np.isnan(self.iterations.power_w_per_gpu).any())
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.iterations)
+
+    def rows(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Profiled:
+        """The rows of a mask or of positions."""
+        return Profiled(self.iterations.rows(chosen), self.host_ms[chosen], self.points[chosen], self.provenance)
+
+
+def work_of(iterations: Iterations) -> NDArray[np.str_]:
+    """Operating points of iterations without labels, str[n]: the work done, whatever the clock."""
+    columns = ("tp", "batch", "kv_tokens", "prefill_tokens", "sum_len_sq")
+    work = zip(*(getattr(iterations, name).tolist() for name in columns), strict=True)
+    return np.array([" ".join(f"{value:g}" for value in row) for row in work], dtype=np.str_)
+
+
+def write_iterations(path: Path, iterations: Iterations, provenance: dict[str, Any] | None = None) -> None:
+    """Write a CSV file with the columns of ``Iterations``, under a line of provenance if there is any."""
     with path.open("w", newline="", encoding="utf-8") as stream:
+        if provenance is not None:
+            stream.write(provenance_line(provenance))
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
         writer.writerows(zip(*(getattr(iterations, name).tolist() for name in COLUMNS), strict=True))
 
 
+def provenance_line(provenance: dict[str, Any]) -> str:
+    """The first line of a file: where its numbers come from."""
+    return f"# {json.dumps(provenance, ensure_ascii=False)}\n"
+
+
 def read_iterations(path: Path) -> Iterations:
-    """Read a CSV file of profiled iterations.
+    """Read the iterations of a CSV file, power included.
 
     Raises:
-        ProfileError: a column is missing or unknown, a value is not a number or negative, or an iteration is mixed;
-            file and line are named.
+        ProfileError: as ``read_profiled``, or there is no power.
     """
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        header = list(reader.fieldnames or [])
-        for name in header:
-            if name not in COLUMNS:
-                raise ProfileError(f"{path}: unknown column {name!r}; {nearest(name, list(COLUMNS))}")
-        for name in COLUMNS:
-            if name not in header:
-                raise ProfileError(f"{path}: column {name!r} is missing")
-        columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
-        for line, row in enumerate(reader, start=2):
-            for name in COLUMNS:
-                columns[name].append(_number(row[name], f"{path}:{line}: {name}"))
-            if columns["batch"][-1] and columns["prefill_tokens"][-1]:
-                raise ProfileError(f"{path}:{line}: an iteration must be prefill or decode, this one is both")
-            idle = not columns["batch"][-1] and not columns["prefill_tokens"][-1]
-            if not idle and columns["latency_ms"][-1] <= 0:
-                raise ProfileError(f"{path}:{line}: latency_ms must be positive")
-    return Iterations(**{name: np.array(values) for name, values in columns.items()})
+    profiled = read_profiled(path)
+    if not profiled.has_power:
+        raise ProfileError(f"{path}: column {POWER!r} is missing")
+    return profiled.iterations
+
+
+def read_profiled(path: Path) -> Profiled:
+    """Read a CSV file of profiled iterations; lines before the header that begin with ``#`` are provenance.
+
+    Raises:
+        ProfileError: provenance that is no JSON, a missing or unknown column, a value that is not a number or
+            negative, a row of another length, or a mixed iteration; file, line and column are named.
+        OSError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ProfileError(f"{path}: not a text file") from None
+    provenance, first = _provenance(path, lines)
+    table = list(csv.reader(lines[first:]))
+    header = table[0] if table else []
+    known = (*COLUMNS, *EXTRA_COLUMNS)
+    for name in header:
+        if name not in known:
+            raise ProfileError(f"{path}: unknown column {name!r}; {nearest(name, list(known))}")
+    for name in COLUMNS:
+        if name not in header and name != POWER:
+            raise ProfileError(f"{path}: column {name!r} is missing")
+    texts: dict[str, list[str]] = {name: [] for name in header}
+    for line, cells in enumerate(table[1:], start=first + 2):
+        if len(cells) != len(header):
+            raise ProfileError(f"{path}:{line}: {len(cells)} values for {len(header)} columns")
+        for name, cell in zip(header, cells, strict=True):
+            texts[name].append(cell)
+    columns = {
+        name: np.array([_number(cell, f"{path}:{line}: {name}") for line, cell in enumerate(cells, start=first + 2)])
+        for name, cells in texts.items()
+        if name != "point"
+    }
+    rows = len(table) - 1
+    if rows < 1:
+        raise ProfileError(f"{path}: no row")
+    columns.setdefault(POWER, np.full(rows, np.nan))
+    host_ms = columns.pop("host_ms", np.zeros(rows))
+    iterations = Iterations(**columns)
+    _check_rows(path, iterations, host_ms, first + 2)
+    points = np.array(texts["point"], dtype=np.str_) if "point" in texts else work_of(iterations)
+    return Profiled(iterations, host_ms, points, provenance)
+
+
+def _provenance(path: Path, lines: list[str]) -> tuple[dict[str, Any], int]:
+    """What the comment lines at the top say, and the index of the first line below them."""
+    first = next((index for index, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    provenance: dict[str, Any] = {}
+    for index, line in enumerate(lines[:first]):
+        try:
+            provenance |= json.loads(line[1:])
+        except (ValueError, TypeError) as error:
+            raise ProfileError(f"{path}:{index + 1}: provenance must be one JSON object per line ({error})") from None
+    return provenance, first
+
+
+def _check_rows(path: Path, iterations: Iterations, host_ms: Floats, first_line: int) -> None:
+    """Refuse rows that are no iteration."""
+    decode, prefill = iterations.batch > 0, iterations.prefill_tokens > 0
+    busy_ms = np.where(decode | prefill, iterations.latency_ms, np.inf)
+    faults = {
+        "an iteration must be prefill or decode, this one is both": decode & prefill,
+        "latency_ms must be positive": busy_ms <= 0,
+        "host_ms must be less than latency_ms": host_ms >= busy_ms,
+    }
+    for fault, rows in faults.items():
+        if rows.any():
+            raise ProfileError(f"{path}:{first_line + int(rows.argmax())}: {fault}")
 
 
 def _number(text: str | None, place: str) -> float:
