@@ -247,6 +247,39 @@ def profile(
     return 0
 
 
+@app.command
+def calibrate(
+    csv: tyro.conf.Positional[Path],
+    out: Path = Path("results/calibration"),
+    form: str = "best",
+    hardware: str | None = None,
+    model: str | None = None,
+    precision: str | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> int:
+    """Fit a profile's CSV file, with cross-validated errors, and write presets that a cluster loads.
+
+    Args:
+        csv: What `biscale-gym profile` or scripts/profile_h100.py has written.
+        out: Folder of the presets.
+        form: parametric, trees (needs scikit-learn), or best, whichever errs less in latency.
+        hardware: Preset whose closed form the fit starts from, in place of what the file says.
+        model: Preset of the model that was profiled, in place of what the file says.
+        precision: Of its weights, in place of what the file says.
+        folds: Parts of the cross-validation; each holds out whole operating points.
+        seed: Seed of the folds.
+    """
+    from biscale_gym.calibration import calibrate as calibrating
+    from biscale_gym.calibration.report import table
+
+    tables, _ = _consoles(None)
+    found = calibrating.calibrate(csv, out, form, hardware, model, precision, folds, seed)
+    tables.print(table(found))
+    print(f"{out}: form {found.form}, latency measured, power {found.power}\n{found.overrides}")
+    return 0
+
+
 @trace_app.command
 def fetch(name: tyro.conf.Positional[str], folder: Path = Path("data/traces"), base_url: str | None = None) -> int:
     """Download a published trace: licence shown, checksum checked, an interrupted download resumed.

@@ -1,9 +1,9 @@
 """``biscale-gym profile``: what iterations of a live worker take, point by point, and what lies between two workers.
 
-A point is a batch (so many sequences of so many tokens) at a clock. It is measured again, in turn with all others, until
-the 95 % interval of its repeats' median is narrow enough or it has had its most repeats: machines drift, and a point
-that is repeated in one go would call the drift precision. Every repeat is a row, kept as soon as it is measured, so a
-sweep that was interrupted goes on.
+A point is a batch (so many sequences of so many tokens) at a clock. It is measured again, in turn with all others,
+until the 95 % interval of its repeats' median is narrow enough or it has had its most repeats: machines drift, and a
+point that is repeated in one go would call the drift precision. Every repeat is a row, kept as soon as it is measured,
+so a sweep that was interrupted goes on.
 
 Latency is the time from the end of the iteration before to its own end while the worker is never idle: what the batch
 took and what scheduling, bookkeeping and messages took between two batches (``host_ms``), which no clock changes.
@@ -161,8 +161,8 @@ def half_width_percent(latencies_ms: Sequence[float]) -> float:
     """Of the 95 % interval of the median of at least two independent repeats, in percent of it.
 
     The median's standard error is sqrt(π/2) times the mean's, with the spread from the median absolute deviation
-    (× 1.4826, as of a normal distribution), so that one repeat which another program disturbed does not count; Student's
-    t for the few repeats.
+    (× 1.4826, as of a normal distribution), so that one repeat which another program disturbed does not count;
+    Student's t for the few repeats.
     """
     values = np.asarray(latencies_ms)
     median = float(np.median(values))
@@ -525,9 +525,8 @@ def run_sweep(
             progress.update(task, description="hand-overs", completed=len(points))
             _keep_handovers(handovers_path(path), measuring.handovers())
     widths = [half_width_percent(latencies_ms[point.label]) for point in points]
-    return Summary(
-        len(points), sum(len(repeats) for repeats in latencies_ms.values()), float(np.median(widths)), max(widths)
-    )
+    rows = sum(len(repeats) for repeats in latencies_ms.values())
+    return Summary(len(points), rows, float(np.median(widths)), max(widths))
 
 
 @dataclass(frozen=True)

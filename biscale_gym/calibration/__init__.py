@@ -1,0 +1,1 @@
+"""From a profile's CSV file to a preset of the modelled cluster."""
