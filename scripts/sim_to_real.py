@@ -34,7 +34,7 @@ from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.simulate import StatedPlacement
 from biscale_gym.control.workload import Requests
 from biscale_gym.live.pool import Pool
-from biscale_gym.live.profiling import SweepSettings, run_sweep
+from biscale_gym.live.profiling import SweepSettings, give_cores, run_sweep
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.session import prepared
@@ -250,12 +250,14 @@ def main(
     lives: dict[str, tuple[Outcome, list[float], Profile]] = {}
 
     with Pool(settings, load_preset(LiveSettings, "live", workers), out) as pool:
+        give_cores(pool)
+        clocks_mhz = (min(settings.clocks_mhz), settings.top_clock_mhz)
 
         def profile_round(number: int) -> None:
             if csv is None:
                 repeats = number * points.least_repeats
                 upto = points.model_copy(update={"least_repeats": repeats, "most_repeats": repeats})
-                run_sweep(pool, context, upto, (settings.top_clock_mhz,), path, seed + number, console)
+                run_sweep(pool, context, upto, clocks_mhz, path, seed + number, console)
 
         profile_round(1)
         for number, name in enumerate(names, start=1):

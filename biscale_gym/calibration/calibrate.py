@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from biscale_gym.calibration import closed_form
-from biscale_gym.calibration.emulation import HostTime, emulate, host_time, with_modelled_power
+from biscale_gym.calibration.emulation import HostTime, emulate, host_time, lateness_ms, with_modelled_power
 from biscale_gym.calibration.handovers import Between, read_handovers
 from biscale_gym.config import Settings, load_preset, nearest, validate
 from biscale_gym.profiles.iterations import Iterations, Profiled, read_profiled
@@ -152,20 +152,39 @@ def _prepared(path: Path, profiled: Profiled, subject: _Subject) -> Profiled:
         if not rows.has_power:
             raise ProfileError(f"{path}: column 'power_w_per_gpu' is missing, and no card is emulated")
         return replace(rows, iterations=_with_allreduce(rows, subject.base))
-    top = rows.rows(rows.iterations.clock_mhz == subject.clocks_mhz[-1])
+    top = _busy(rows, subject.clocks_mhz[-1])
     if not len(top):
         raise ProfileError(
             f"{path}: column 'clock_mhz': no row at the device's top clock, {subject.clocks_mhz[-1]} MHz"
         )
-    busy = top.rows((top.iterations.batch > 0) | (top.iterations.prefill_tokens > 0))
-    filled = with_modelled_power(busy.iterations, subject.emulated)
-    idle = len(filled) - len(busy)
+    filled = with_modelled_power(top.iterations, subject.emulated)
+    idle = len(filled) - len(top)
     return Profiled(
         filled,
-        np.concatenate([busy.host_ms, np.zeros(idle)]),
-        np.concatenate([busy.points, np.full(idle, "idle")]),
+        np.concatenate([top.host_ms, np.zeros(idle)]),
+        np.concatenate([top.points, np.full(idle, "idle")]),
         rows.provenance,
     )
+
+
+def _busy(rows: Profiled, clock_mhz: int | None = None) -> Profiled:
+    """Rows that compute something, at one clock or any."""
+    data = rows.iterations
+    here = (data.batch > 0) | (data.prefill_tokens > 0)
+    return rows.rows(here if clock_mhz is None else here & (data.clock_mhz == clock_mhz))
+
+
+def _host_time(profiled: Profiled, subject: _Subject) -> HostTime:
+    """What of the iterations no clock stretches; nothing, where nothing is emulated."""
+    if subject.emulated is None:
+        return HostTime((0.0, 0.0), (0.0, 0.0))
+    rows = _busy(medians(profiled))
+    at_top = rows.iterations.clock_mhz == subject.clocks_mhz[-1]
+    top, lower = rows.rows(at_top), rows.rows(~at_top)
+    late_ms = lateness_ms(
+        lower.iterations, lower.host_ms, top.iterations, top.host_ms, subject.emulated, subject.clocks_mhz[-1]
+    )
+    return replace(host_time(top.iterations, top.host_ms), late_ms=late_ms)
 
 
 def _with_allreduce(rows: Profiled, base: ParametricProfile) -> Iterations:
@@ -289,7 +308,7 @@ def calibrate(
         errors += found
     chosen = _best(errors)
     out.mkdir(parents=True, exist_ok=True)
-    host = host_time(rows.iterations, rows.host_ms)
+    host = _host_time(profiled, subject)
     if chosen == "parametric":
         assert parametric is not None
         settings = parametric.hardware if subject.emulated is None else None

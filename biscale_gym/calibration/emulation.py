@@ -1,8 +1,9 @@
 """What an emulated device makes of a CPU worker's iterations, as a table of the cluster model.
 
 The worker's own latency is measured at the top clock. A lower clock stretches the batch by the emulated card's latency
-there over that at the top clock, and leaves the host's part as it is; power is the emulated card's for this batch and
-clock while it runs, its idle power in the host's part. So latency is measured, power and the clock's effect modelled.
+there over that at the top clock, and leaves the host's part as it is; the stretching itself takes some more than was
+asked for (a sleep ends late), which rows at a lower clock tell. Power is the emulated card's for this batch and clock
+while it runs, its idle power in the host's part. So latency is measured, power and the clock's effect modelled.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ MOST_HOST = 0.9
 
 @dataclass(frozen=True)
 class HostTime:
-    """Milliseconds between two batches: a part per iteration, and one per sequence (decode) or token (prefill)."""
+    """Milliseconds of an iteration that no clock stretches.
+
+    Attributes:
+        decode_ms, prefill_ms: between two batches: per iteration, and per sequence (decode) or token (prefill).
+        late_ms: by which a stretched batch ends late.
+    """
 
     decode_ms: tuple[float, float]
     prefill_ms: tuple[float, float]
+    late_ms: float = 0.0
 
 
 def host_time(iterations: Iterations, host_ms: Floats) -> HostTime:
@@ -41,6 +48,44 @@ def host_time(iterations: Iterations, host_ms: Floats) -> HostTime:
 
     return HostTime(
         line(iterations.batch > 0, iterations.batch), line(iterations.prefill_tokens > 0, iterations.prefill_tokens)
+    )
+
+
+def stretch(emulated: Profile, tp: int, clock_mhz: int, top_mhz: int, rows: Iterations) -> Floats:
+    """By how much a clock lengthens batches of one phase, over the top clock: float64[n]."""
+    card = emulated.for_phase("prefill" if rows.prefill_tokens.any() else "decode")
+    work = (rows.batch, rows.kv_tokens, rows.prefill_tokens, rows.sum_len_sq)
+    return card.latency_ms(tp, clock_mhz, *work) / card.latency_ms(tp, top_mhz, *work)
+
+
+def lateness_ms(
+    lower: Iterations, lower_host_ms: Floats, top: Iterations, top_host_ms: Floats, emulated: Profile, top_mhz: int
+) -> float:
+    """Median over rows at lower clocks of what they took beyond the stretched batch of the same work at the top clock.
+
+    Args:
+        lower: rows at lower clocks; those without a row of the same work at the top clock do not count.
+        lower_host_ms: their host part.
+        top: rows at the top clock.
+        top_host_ms: their host part.
+        emulated: the card.
+        top_mhz: the device's top clock.
+    """
+    at_top = {key: batch_ms for key, batch_ms in zip(_work(top), (top.latency_ms - top_host_ms).tolist(), strict=True)}
+    late = []
+    for number, key in enumerate(_work(lower)):
+        if key in at_top:
+            row = lower.rows(np.array([number]))
+            factor = float(stretch(emulated, int(row.tp[0]), int(row.clock_mhz[0]), top_mhz, row)[0])
+            late.append(float(row.latency_ms[0] - lower_host_ms[number]) - factor * at_top[key])
+    return max(0.0, float(np.median(late))) if late else 0.0
+
+
+def _work(rows: Iterations) -> list[tuple[float, ...]]:
+    """What is the same work: KV tokens to a twentieth, as sequences may have run together a little longer."""
+    context = np.round(20.0 * np.log(np.maximum(rows.kv_tokens, 1.0)))
+    return list(
+        zip(*(v.tolist() for v in (rows.tp, rows.batch, context, rows.prefill_tokens, rows.sum_len_sq)), strict=True)
     )
 
 
@@ -90,6 +135,7 @@ def emulate(table: ProfileTable, host: HostTime, emulated: Profile, tp: int, clo
         host_s = np.minimum(1e-3 * (line_ms[0] + line_ms[1] * size), MOST_HOST * measured_s)
         latency_ms = np.array([card.latency_ms(tp, clock, *work) for clock in clocks_mhz])
         batch_s = (measured_s - host_s) * latency_ms / latency_ms[-1]
+        batch_s[:-1] += 1e-3 * host.late_ms
         power_w = np.array([card.power_w(tp, clock, *work) for clock in clocks_mhz])
         latency_s = batch_s + host_s
         return latency_s, (batch_s * power_w + host_s * idle_w[:, None, None]) / latency_s

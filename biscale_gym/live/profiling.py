@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import platform
 import socket
 import sys
@@ -223,6 +224,8 @@ def provenance(
         "latency": "measured",
         "power": "absent: a CPU worker has no meter of its own",
         "clocks": "emulated: the batch is stretched, the rest is not",
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
         "allreduce": "none: a worker is one process, whatever TP it stands for",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["biscale-gym", *sys.argv[1:]]),
@@ -456,6 +459,17 @@ class Sweep:
                 }
             )
         return rows
+
+
+def give_cores(pool: Pool) -> None:
+    """Give each worker a core of its own, where there are as many: a scheduler that puts two on one halves both.
+
+    Only the engine's own thread is bound; a worker computes on one.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= len(pool.workers):
+        for worker, core in zip(pool.workers, cores, strict=False):
+            os.sched_setaffinity(worker.pid, {core})
 
 
 def handovers_path(path: Path) -> Path:
