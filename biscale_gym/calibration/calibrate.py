@@ -19,7 +19,14 @@ import yaml
 from numpy.typing import NDArray
 
 from biscale_gym.calibration import closed_form
-from biscale_gym.calibration.emulation import HostTime, emulate, host_time, lateness_ms, with_modelled_power
+from biscale_gym.calibration.emulation import (
+    HostTime,
+    emulate,
+    host_time,
+    lateness_ms,
+    service_factors,
+    with_modelled_power,
+)
 from biscale_gym.calibration.handovers import Between, read_handovers
 from biscale_gym.config import Settings, load_preset, nearest, validate
 from biscale_gym.profiles.iterations import Iterations, Profiled, read_profiled
@@ -181,9 +188,7 @@ def _host_time(profiled: Profiled, subject: _Subject) -> HostTime:
     rows = _busy(medians(profiled))
     at_top = rows.iterations.clock_mhz == subject.clocks_mhz[-1]
     top, lower = rows.rows(at_top), rows.rows(~at_top)
-    late_ms = lateness_ms(
-        lower.iterations, lower.host_ms, top.iterations, top.host_ms, subject.emulated, subject.clocks_mhz[-1]
-    )
+    late_ms = lateness_ms(lower, top, subject.emulated, subject.clocks_mhz[-1])
     return replace(host_time(top.iterations, top.host_ms), late_ms=late_ms)
 
 
@@ -276,7 +281,7 @@ def calibrate(
     """Fit a profile and write the presets.
 
     Args:
-        path: CSV file; hand-overs are read from the file beside it, if there is one.
+        path: CSV file; hand-overs and iterations in service are read from the files beside it, where there are any.
         out: folder.
         form: ``parametric``, ``trees`` (needs scikit-learn), or ``best``: whichever errs less in latency.
         hardware: preset whose closed form the fit starts from, in place of what the file says.
@@ -293,8 +298,9 @@ def calibrate(
     if form == "trees" and find_spec("sklearn") is None:
         raise ProfileError("the form 'trees' needs scikit-learn (extra: train)")
     profiled = read_profiled(path)
-    beside = path.with_suffix(".handovers.csv")
-    between = read_handovers(beside) if beside.exists() else None
+    handovers, service = path.with_suffix(".handovers.csv"), path.with_suffix(".service.csv")
+    between = read_handovers(handovers) if handovers.exists() else None
+    served = read_profiled(service).iterations if service.exists() else None
     subject = _subject(path, profiled, hardware, model, precision)
     rows = _prepared(path, profiled, subject)
     errors: list[FormErrors] = []
@@ -317,6 +323,8 @@ def calibrate(
         settings = None
     if settings is None:
         assert tables is not None
+        if served is not None and subject.emulated is not None:
+            host = _in_service(served, tables, subject, host)
         settings = _write_tables(out, tables, subject, host, profiled)
     cluster = _write(out, settings, subject, between, host, rows, path)
     result = Calibration(chosen, tuple(errors), cluster, "measured" if subject.emulated is None else "modelled")
@@ -333,6 +341,14 @@ def calibrate(
     }
     (out / "calibration.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _in_service(served: Iterations, tables: dict[int, ProfileTable], subject: _Subject, host: HostTime) -> HostTime:
+    """With the factors of a served trace, at the top clock; of the lowest TP degree, as all run on like cores."""
+    tp = min(tables)
+    own = served.rows((served.tp == tp) & (served.clock_mhz == subject.clocks_mhz[-1]))
+    decode, prefill = service_factors(own, tables[tp], host, tp)
+    return replace(host, decode_factor=decode, prefill_factor=prefill)
 
 
 def _write_tables(

@@ -2,8 +2,10 @@
 
 The worker's own latency is measured at the top clock. A lower clock stretches the batch by the emulated card's latency
 there over that at the top clock, and leaves the host's part as it is; the stretching itself takes some more than was
-asked for (a sleep ends late), which rows at a lower clock tell. Power is the emulated card's for this batch and clock
-while it runs, its idle power in the host's part. So latency is measured, power and the clock's effect modelled.
+asked for (a sleep ends late), which rows at a lower clock tell. In service a batch is slower than in a sweep (it
+starts on a core that slept or did something else), by a factor that a served trace tells. Power is the emulated card's
+for this batch and clock while it runs, its idle power in the host's part. So latency is measured, power and the
+clock's effect modelled.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from biscale_gym.profiles.iterations import Iterations
+from biscale_gym.profiles.fitted import predict
+from biscale_gym.profiles.iterations import Iterations, Profiled
 from biscale_gym.profiles.profile import Profile
 from biscale_gym.profiles.tabulated import ProfileTable
 
@@ -26,16 +29,19 @@ MOST_HOST = 0.9
 
 @dataclass(frozen=True)
 class HostTime:
-    """Milliseconds of an iteration that no clock stretches.
+    """What an iteration takes beside the batch as a sweep shows it.
 
     Attributes:
         decode_ms, prefill_ms: between two batches: per iteration, and per sequence (decode) or token (prefill).
         late_ms: by which a stretched batch ends late.
+        decode_factor, prefill_factor: of a batch in service over one in the sweep.
     """
 
     decode_ms: tuple[float, float]
     prefill_ms: tuple[float, float]
     late_ms: float = 0.0
+    decode_factor: float = 1.0
+    prefill_factor: float = 1.0
 
 
 def host_time(iterations: Iterations, host_ms: Floats) -> HostTime:
@@ -58,35 +64,54 @@ def stretch(emulated: Profile, tp: int, clock_mhz: int, top_mhz: int, rows: Iter
     return card.latency_ms(tp, clock_mhz, *work) / card.latency_ms(tp, top_mhz, *work)
 
 
-def lateness_ms(
-    lower: Iterations, lower_host_ms: Floats, top: Iterations, top_host_ms: Floats, emulated: Profile, top_mhz: int
-) -> float:
-    """Median over rows at lower clocks of what they took beyond the stretched batch of the same work at the top clock.
+def lateness_ms(lower: Profiled, top: Profiled, emulated: Profile, top_mhz: int) -> float:
+    """Median over rows at lower clocks of what they took beyond the stretched batch of the same point at the top clock.
 
     Args:
-        lower: rows at lower clocks; those without a row of the same work at the top clock do not count.
-        lower_host_ms: their host part.
-        top: rows at the top clock.
-        top_host_ms: their host part.
+        lower: rows at lower clocks; those of points without a row at the top clock do not count.
+        top: a row per TP degree and point.
         emulated: the card.
         top_mhz: the device's top clock.
     """
-    at_top = {key: batch_ms for key, batch_ms in zip(_work(top), (top.latency_ms - top_host_ms).tolist(), strict=True)}
+
+    def batches_ms(rows: Profiled) -> list[float]:
+        found: list[float] = (rows.iterations.latency_ms - rows.host_ms).tolist()
+        return found
+
+    def keys(rows: Profiled) -> list[tuple[float, str]]:
+        return list(zip(rows.iterations.tp.tolist(), rows.points.tolist(), strict=True))
+
+    at_top = dict(zip(keys(top), batches_ms(top), strict=True))
     late = []
-    for number, key in enumerate(_work(lower)):
+    for number, (key, batch_ms) in enumerate(zip(keys(lower), batches_ms(lower), strict=True)):
         if key in at_top:
-            row = lower.rows(np.array([number]))
-            factor = float(stretch(emulated, int(row.tp[0]), int(row.clock_mhz[0]), top_mhz, row)[0])
-            late.append(float(row.latency_ms[0] - lower_host_ms[number]) - factor * at_top[key])
+            row = lower.iterations.rows(np.array([number]))
+            factor = stretch(emulated, int(row.tp[0]), int(row.clock_mhz[0]), top_mhz, row)[0]
+            late.append(batch_ms - float(factor) * at_top[key])
     return max(0.0, float(np.median(late))) if late else 0.0
 
 
-def _work(rows: Iterations) -> list[tuple[float, ...]]:
-    """What is the same work: KV tokens to a twentieth, as sequences may have run together a little longer."""
-    context = np.round(20.0 * np.log(np.maximum(rows.kv_tokens, 1.0)))
-    return list(
-        zip(*(v.tolist() for v in (rows.tp, rows.batch, context, rows.prefill_tokens, rows.sum_len_sq)), strict=True)
-    )
+def service_factors(served: Iterations, table: ProfileTable, host: HostTime, tp: int) -> tuple[float, float]:
+    """Medians, over iterations in service, of a decode and of a prefill batch over what a sweep shows; 1 without any.
+
+    Args:
+        served: of one TP degree at the table's clock; latency is the batch's alone.
+        table: of the sweep at that clock.
+        host: its time between batches.
+        tp: degree.
+    """
+    factors = []
+    for mask, (fixed, each), size in (
+        (served.batch > 0, host.decode_ms, served.batch),
+        (served.prefill_tokens > 0, host.prefill_ms, served.prefill_tokens),
+    ):
+        if mask.any():
+            told_ms = predict(table, tp, served.rows(mask))[:, 0]
+            batch_ms = told_ms - np.minimum(fixed + each * size[mask], MOST_HOST * told_ms)
+            factors.append(float(np.median(served.latency_ms[mask] / batch_ms)))
+        else:
+            factors.append(1.0)
+    return factors[0], factors[1]
 
 
 def with_modelled_power(iterations: Iterations, emulated: Profile) -> Iterations:
@@ -130,23 +155,34 @@ def emulate(table: ProfileTable, host: HostTime, emulated: Profile, tp: int, clo
     idle_w = np.array([emulated.idle_power_w(tp, clock) for clock in clocks_mhz])
 
     def stretched(
-        card: Profile, measured_s: Floats, line_ms: tuple[float, float], size: Floats, work: tuple[Floats | float, ...]
+        card: Profile,
+        measured_s: Floats,
+        line_ms: tuple[float, float],
+        factor: float,
+        size: Floats,
+        work: tuple[Floats | float, ...],
     ) -> tuple[Floats, Floats]:
         host_s = np.minimum(1e-3 * (line_ms[0] + line_ms[1] * size), MOST_HOST * measured_s)
         latency_ms = np.array([card.latency_ms(tp, clock, *work) for clock in clocks_mhz])
-        batch_s = (measured_s - host_s) * latency_ms / latency_ms[-1]
+        batch_s = factor * (measured_s - host_s) * latency_ms / latency_ms[-1]
         batch_s[:-1] += 1e-3 * host.late_ms
         power_w = np.array([card.power_w(tp, clock, *work) for clock in clocks_mhz])
         latency_s = batch_s + host_s
         return latency_s, (batch_s * power_w + host_s * idle_w[:, None, None]) / latency_s
 
     decode_s, decode_w = stretched(
-        emulated.for_phase("decode"), table.decode_latency_s[-1], host.decode_ms, batch, (batch, kv, 0.0, 0.0)
+        emulated.for_phase("decode"),
+        table.decode_latency_s[-1],
+        host.decode_ms,
+        host.decode_factor,
+        batch,
+        (batch, kv, 0.0, 0.0),
     )
     prefill_s, prefill_w = stretched(
         emulated.for_phase("prefill"),
         table.prefill_latency_s[-1],
         host.prefill_ms,
+        host.prefill_factor,
         tokens,
         (0.0, 0.0, tokens, tokens * length),
     )

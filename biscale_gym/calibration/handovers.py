@@ -74,10 +74,7 @@ def read_handovers(path: Path) -> Between:
     if len(values) < LEAST:
         raise ProfileError(f"{path}: {len(values)} requests, at least {LEAST} are needed")
     tokens, ttft_ms, prefill_ms, handover_ms = values.T
-    slope, launch_ms = 0.0, float(np.median(handover_ms))
-    if np.ptp(tokens) > 0:
-        # Theil and Sen's median of slopes: a request that another program disturbed does not count.
-        fitted = theilslopes(handover_ms, tokens)
-        if fitted.slope > 0:
-            slope, launch_ms = float(fitted.slope), float(fitted.intercept)
+    # Theil and Sen's median of slopes: a request that another program disturbed does not count.
+    slope = max(0.0, float(theilslopes(handover_ms, tokens).slope)) if np.ptp(tokens) > 0 else 0.0
+    launch_ms = float(np.median(handover_ms - slope * tokens))
     return Between(len(values), float(np.median(ttft_ms - prefill_ms)), max(0.0, launch_ms), slope)

@@ -38,6 +38,7 @@ from biscale_gym.cluster.placement import Phase
 from biscale_gym.config import Settings, load_preset
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.workload import generated_demand
 from biscale_gym.live import messages as m
 from biscale_gym.live import vllm_engine
 from biscale_gym.live.errors import LiveError
@@ -57,10 +58,12 @@ COLUMNS = (
     *("tp", "clock_mhz", "batch", "kv_tokens", "prefill_tokens", "sum_len_sq"),
     *("latency_ms", "host_ms", "point"),
 )
+SERVICE_COLUMNS = ("tp", "clock_mhz", "batch", "kv_tokens", "prefill_tokens", "sum_len_sq", "latency_ms")
 HANDOVER_COLUMNS = ("prompt_tokens", "ttft_ms", "prefill_ms", "handover_ms")
 CONFIDENCE = 0.95
 HOLDING = "max-clock"
 """The controller of a sweep: clocks are held."""
+SERVICE_SEED = 1000
 REPLY_LIMIT_S = 120.0
 HANDOVER_GAP_S, HANDOVER_OUTPUT_TOKENS = 0.4, 4
 """Requests of the hand-over measurement are alone in the system."""
@@ -80,6 +83,8 @@ class SweepSettings(Settings):
         least_repeats, most_repeats: of a point.
         precision_percent: half width of the 95 % interval of the repeats' median at which a point is done.
         handovers: requests, one at a time, that measure what lies between client, prefill and decode worker.
+        service_s: how long a trace of the scenario's workload is served, of another seed than any that is evaluated:
+            its iterations tell how much slower batches are in service than in a sweep; 0: not at all.
     """
 
     decode_batches: Annotated[tuple[Count, ...], Field(min_length=2)]
@@ -93,6 +98,7 @@ class SweepSettings(Settings):
     most_repeats: Annotated[int, Field(ge=2)]
     precision_percent: Annotated[float, Field(gt=0)]
     handovers: Count
+    service_s: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,13 @@ class Point:
 
     @property
     def label(self) -> str:
-        """As the file names it, and its first chunk, which decides when it is done."""
-        return f"{self.phase} {self.count}x{self.tokens} @{self.clock_mhz}"
+        """As the file names it, whatever the clock, and its first chunk, which decides when it is done."""
+        return f"{self.phase} {self.count}x{self.tokens}"
+
+    @property
+    def key(self) -> str:
+        """Unique among a sweep's points."""
+        return _key(self.label, self.clock_mhz)
 
     def chunks(self, budget: int) -> list[tuple[int, float]]:
         """Tokens and sum of squares of the batches of a prefill point."""
@@ -115,6 +126,10 @@ class Point:
             return [(self.count * self.tokens, float(self.count * self.tokens**2))]
         ends = [*range(budget, self.tokens, budget), self.tokens]
         return [(end - start, float(end**2 - start**2)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _key(label: str, clock_mhz: float) -> str:
+    return f"{label} @{clock_mhz:g}"
 
 
 def points_of(
@@ -241,7 +256,7 @@ class ProfileFile:
         provenance: of this sweep.
 
     Attributes:
-        latencies_ms: latencies so far by point's label and, for the chunks of a prompt, tokens.
+        latencies_ms: so far by point and clock, a chunk being a point.
 
     Raises:
         LiveError: the file was made on another device, engine or model.
@@ -271,15 +286,16 @@ class ProfileFile:
         other = [name for name, value in provenance["identity"].items() if former.get(name) != value]
         if other:
             raise LiveError(f"{self.path} was made with another {', '.join(other)}; give another file to start anew")
-        for label, latency_ms in zip(found.points.tolist(), found.iterations.latency_ms.tolist(), strict=True):
-            self.latencies_ms.setdefault(label, []).append(latency_ms)
+        rows = (found.points.tolist(), found.iterations.clock_mhz.tolist(), found.iterations.latency_ms.tolist())
+        for label, clock_mhz, latency_ms in zip(*rows, strict=True):
+            self.latencies_ms.setdefault(_key(label, clock_mhz), []).append(latency_ms)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep the rows of one repeat."""
         with self.path.open("a", newline="", encoding="utf-8") as stream:
             csv.DictWriter(stream, COLUMNS, lineterminator="\n").writerows(rows)
         for row in rows:
-            self.latencies_ms.setdefault(row["point"], []).append(row["latency_ms"])
+            self.latencies_ms.setdefault(_key(row["point"], row["clock_mhz"]), []).append(row["latency_ms"])
 
 
 class Sweep:
@@ -321,7 +337,7 @@ class Sweep:
             rows = self._decode_rows(point, records) if point.phase == "decode" else self._prefill_rows(point, records)
             if rows:
                 return [{"tp": worker.setup.tp, "clock_mhz": point.clock_mhz, **row} for row in rows]
-        raise LiveError(f"{worker.setup.name} does not form the batch of {point.label!r}")
+        raise LiveError(f"{worker.setup.name} does not form the batch of {point.key!r}")
 
     def _records(self, worker: WorkerProcess, point: Point) -> npt.NDArray[np.void]:
         """The worker's records of a run that holds the point's clock."""
@@ -460,6 +476,36 @@ class Sweep:
             )
         return rows
 
+    def service(self, seed: int) -> list[dict[str, Any]]:
+        """Iterations while a trace of the training split is served, clocks held: a row each, without host part.
+
+        Args:
+            seed: of the trace.
+        """
+        scenario = self._context.scenario.model_copy(update={"duration_s": self._sweep.service_s})
+        trace = generated_demand(scenario, self._context.profile, "train", seed, None)
+        context = replace(self._context, scenario=scenario)
+        folder = self._folder / "service"
+        Replay(self._pool, trace, HOLDING, context, folder, seed).run()
+        rows = []
+        for worker in self._pool.workers:
+            for record in read_records(folder / f"{worker.setup.name}.csv"):
+                if (record["batch"] > 0) == (record["prefill_tokens"] > 0):
+                    continue
+                decode = record["batch"] > 0
+                rows.append(
+                    {
+                        "tp": worker.setup.tp,
+                        "clock_mhz": int(record["clock_mhz"]),
+                        "batch": int(record["batch"]),
+                        "kv_tokens": int(record["kv_tokens"]) if decode else 0,
+                        "prefill_tokens": int(record["prefill_tokens"]),
+                        "sum_len_sq": int(record["sum_len_sq"]),
+                        "latency_ms": round(1e3 * float(record["duration_s"]), 5),
+                    }
+                )
+        return rows
+
 
 def give_cores(pool: Pool) -> None:
     """Give each worker a core of its own, where there are as many: a scheduler that puts two on one halves both.
@@ -477,10 +523,15 @@ def handovers_path(path: Path) -> Path:
     return path.with_suffix(".handovers.csv")
 
 
-def _keep_handovers(path: Path, rows: Sequence[dict[str, float]]) -> None:
+def service_path(path: Path) -> Path:
+    """The file of iterations in service beside a profile."""
+    return path.with_suffix(".service.csv")
+
+
+def _keep(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, HANDOVER_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
@@ -518,13 +569,14 @@ def run_sweep(
         points = measuring.points(clocks_mhz)
         if not path.exists():
             handovers_path(path).unlink(missing_ok=True)
+            service_path(path).unlink(missing_ok=True)
         file = ProfileFile(
             path, provenance(context.scenario, pool.settings, context.clocks_mhz, measuring.kv_capacity_tokens)
         )
         latencies_ms = file.latencies_ms
 
         def left() -> list[Point]:
-            return [point for point in points if not done(latencies_ms.get(point.label, []), sweep)]
+            return [point for point in points if not done(latencies_ms.get(point.key, []), sweep)]
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
@@ -532,13 +584,16 @@ def run_sweep(
             while remaining := left():
                 progress.update(task, completed=len(points) - len(remaining))
                 for point in remaining:
-                    progress.update(task, description=point.label)
+                    progress.update(task, description=point.key)
                     file.add(measuring.repeat(point))
-                    if done(latencies_ms[point.label], sweep):
+                    if done(latencies_ms[point.key], sweep):
                         progress.advance(task)
             progress.update(task, description="hand-overs", completed=len(points))
-            _keep_handovers(handovers_path(path), measuring.handovers())
-    widths = [half_width_percent(latencies_ms[point.label]) for point in points]
+            _keep(handovers_path(path), HANDOVER_COLUMNS, measuring.handovers())
+            if sweep.service_s:
+                progress.update(task, description="in service")
+                _keep(service_path(path), SERVICE_COLUMNS, measuring.service(SERVICE_SEED + seed))
+    widths = [half_width_percent(latencies_ms[point.key]) for point in points]
     rows = sum(len(repeats) for repeats in latencies_ms.values())
     return Summary(len(points), rows, float(np.median(widths)), max(widths))
 

@@ -10,7 +10,14 @@ import pytest
 
 from biscale_gym.config import ConfigError, load_preset, presets_dir
 from biscale_gym.profiles import Profile, ProfileError, SwitchingSettings, TransferSettings, kernels, load_profile
-from biscale_gym.profiles.iterations import read_iterations, synthetic_iterations, write_iterations
+from biscale_gym.profiles.iterations import (
+    Iterations,
+    read_iterations,
+    read_profiled,
+    synthetic_iterations,
+    work_of,
+    write_iterations,
+)
 from biscale_gym.profiles.parametric import ParametricProfile
 from biscale_gym.profiles.randomisation import randomised_switching
 from biscale_gym.profiles.settings import RandomisationSettings
@@ -130,6 +137,8 @@ def test_fitted_form_learns_the_parametric_one(bf16: Profile, tmp_path: Path) ->
     for error in errors:
         assert error.latency_percent < 4.0
         assert error.power_percent < 2.0
+        assert error.latency_percent < error.latency_p90_percent < 10.0
+        assert error.power_percent < error.power_p90_percent < 5.0
     table = tables[4]
     assert np.all(np.diff(table.decode_latency_s, axis=0) <= 0)
     assert np.all(np.diff(table.prefill_latency_s, axis=0) <= 0)
@@ -158,6 +167,57 @@ def test_broken_profiles_name_the_place(bf16: Profile, tmp_path: Path) -> None:
         path.write_text("\n".join(lines) + "\n")
         with pytest.raises(ProfileError, match=message):
             read_iterations(path)
+
+
+def test_folds_hold_out_whole_points(bf16: Profile) -> None:
+    """Repeats of a point would tell a fit what it is asked for."""
+    from biscale_gym.profiles.fitted import Predictor, cross_validate
+
+    once = synthetic_iterations(bf16, 4, CLOCKS, 40, 0.0, np.random.default_rng(0))
+    order = np.tile(np.arange(len(once)), 3)
+    rows, points = once.rows(order), work_of(once)[order]
+    asked: list[str] = []
+
+    def fit(seen: Iterations) -> Predictor:
+        known = set(work_of(seen).tolist())
+
+        def predict(rows: Iterations) -> np.ndarray:
+            labels = work_of(rows).tolist()
+            asked.extend(labels)
+            assert not known & set(labels)
+            return np.column_stack([1.1 * rows.latency_ms, 0.8 * rows.power_w_per_gpu])
+
+        return predict
+
+    errors = cross_validate(rows, points, 4, 5, 0, fit)
+    busy = (rows.batch > 0) | (rows.prefill_tokens > 0)
+    assert sorted(asked) == sorted(points[busy].tolist()), "each row once"
+    for error in errors:
+        assert error.rows == 60
+        assert (error.latency_percent, error.latency_p90_percent) == pytest.approx((10.0, 10.0))
+        assert (error.power_percent, error.power_p90_percent) == pytest.approx((20.0, 20.0))
+    with pytest.raises(ProfileError, match="TP 4 has 20 prefill points, 21 folds need as many"):
+        cross_validate(rows, points, 4, 21, 0, fit)
+
+
+def test_a_file_says_where_it_comes_from(bf16: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "profiled.csv"
+    rows = synthetic_iterations(bf16, 4, CLOCKS, 8, 0.0, np.random.default_rng(0))
+    write_iterations(path, rows, {"device": "a card"})
+    found = read_profiled(path)
+    assert found.provenance == {"device": "a card"}
+    assert found.has_power
+    assert np.array_equal(found.iterations.latency_ms, rows.latency_ms)
+    assert not found.host_ms.any()
+    assert np.array_equal(found.points, work_of(rows))
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([text[0], *(line.rsplit(",", 1)[0] for line in text[1:])]) + "\n")
+    assert not read_profiled(path).has_power
+    with pytest.raises(ProfileError, match="column 'power_w_per_gpu' is missing"):
+        read_iterations(path)
+    path.write_text("\n".join([text[0], text[1], "4,705,1,10,20,400,30,200"]))
+    with pytest.raises(ProfileError, match=":3: an iteration must be prefill or decode"):
+        read_profiled(path)
 
 
 def test_fit_refuses_missing_phases(bf16: Profile) -> None:
