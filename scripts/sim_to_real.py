@@ -33,6 +33,7 @@ from biscale_gym.control.rollout import Rollout
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.simulate import StatedPlacement
 from biscale_gym.control.workload import Requests
+from biscale_gym.evaluation.faults import is_user_error, one_line
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.profiling import SweepSettings, give_cores, run_sweep
 from biscale_gym.live.records import read_records
@@ -236,7 +237,7 @@ def main(
         seed: of the trace.
         form: of the calibrated profile.
         out: folder of profile, calibration and records.
-        json_file: file for the figures; - prints them alone on standard output.
+        json_file: file for the figures; without it, or with -, they are the last line on standard output.
     """
     console = Console(stderr=json_file == "-", width=120)
     settings = load_scenario(scenario, {"duration_s": duration_s})
@@ -298,4 +299,9 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except Exception as fault:
+        if not is_user_error(fault):
+            raise
+        sys.exit(f"sim_to_real: {one_line(fault)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibration.conftest import CLOCKS, PROVENANCE, batch_ms, truth
+from calibration.made_up import CLOCKS, PROVENANCE, batch_ms, truth
 
 from biscale_gym import cli
 from biscale_gym.calibration.calibrate import calibrate, medians
