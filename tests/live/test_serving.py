@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live.helpers import ROOT, wait_until
+from live.helpers import ROOT, ended, listening_addresses, wait_until
 
 from biscale_gym.config import load_preset
 from biscale_gym.control.controllers import PlanContext
@@ -144,26 +144,6 @@ def test_what_does_not_fit_is_rejected_and_one_token_needs_no_decode(play: Play,
     wait_until(lambda: settled(pool, "prefill"), 2.0)
 
 
-def listening_addresses(pids: set[int]) -> set[str]:
-    """Local addresses on which processes listen, as /proc shows them."""
-    sockets = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                target = os.readlink(link)
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                sockets.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            cells = line.split()
-            if cells[3] == "0A" and cells[9] in sockets:
-                found.add(cells[1].partition(":")[0])
-    return found
-
-
 def test_nothing_listens_beyond_loopback(play: Play, pool: Pool) -> None:
     play(steady(2))
     found = listening_addresses({os.getpid(), *(worker.pid for worker in pool.workers)})
@@ -258,14 +238,6 @@ def test_a_worker_that_dies_too_often_ends_the_run(play: Play, pool: Pool, monke
     pool.workers[0].restart()
     while not pool.workers[0].up:
         list(pool.messages(0.1))
-
-
-def ended(pid: int) -> bool:
-    """Gone, or a zombie until its parent, the forkserver, has ended too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 PARENT = """
