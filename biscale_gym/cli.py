@@ -219,15 +219,16 @@ def live(
     """
     from biscale_gym.cluster.placement import PHASES
     from biscale_gym.live import attached, session
+    from biscale_gym.live.signals import ending_signals_raise
 
     tables, _ = _consoles(None)
-    urls = _names(prefill_url), _names(decode_url)
-    if any(urls) or governors is not None:
-        outcomes = attached.serve(
-            scenario, _names(controllers), dict(zip(PHASES, urls, strict=True)), governors, workers, trace, seed, out
-        )
-    else:
-        outcomes = session.serve(scenario, _names(controllers), workers, trace, seed, out)
+    urls = dict(zip(PHASES, (_names(prefill_url), _names(decode_url)), strict=True))
+    names = _names(controllers)
+    with ending_signals_raise():
+        if any(urls.values()) or governors is not None:
+            outcomes = attached.serve(scenario, names, urls, governors, workers, trace, seed, out)
+        else:
+            outcomes = session.serve(scenario, names, workers, trace, seed, out)
     tables.print(session.table(outcomes))
     print(session.summary(outcomes))
     return 0
