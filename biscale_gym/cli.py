@@ -198,8 +198,13 @@ def live(
     trace: str | None = None,
     seed: int = 0,
     out: Path = Path("results/live"),
+    prefill_url: str = "",
+    decode_url: str = "",
+    governors: Path | None = None,
 ) -> int:
     """Replay a trace through live vLLM workers under controllers' clock policies; the last line is JSON.
+
+    With URLs the workers are vLLM servers that are running already (docs/live.md).
 
     Args:
         scenario: Scenario preset or YAML file; its placement says which workers there are.
@@ -208,11 +213,22 @@ def live(
         trace: A recorded trace in place of the scenario's workload.
         seed: Seed of the trace and of the prompts' tokens.
         out: Folder of the records, one line per iteration.
+        prefill_url: Running prefill servers, http://HOST:PORT, comma-separated.
+        decode_url: Running decode servers.
+        governors: Folder with the sockets of those servers' governors; without it they are observed only.
     """
-    from biscale_gym.live import session
+    from biscale_gym.cluster.placement import PHASES
+    from biscale_gym.live import attached, session
+    from biscale_gym.live.signals import ending_signals_raise
 
     tables, _ = _consoles(None)
-    outcomes = session.serve(scenario, _names(controllers), workers, trace, seed, out)
+    urls = dict(zip(PHASES, (_names(prefill_url), _names(decode_url)), strict=True))
+    names = _names(controllers)
+    with ending_signals_raise():
+        if any(urls.values()) or governors is not None:
+            outcomes = attached.serve(scenario, names, urls, governors, workers, trace, seed, out)
+        else:
+            outcomes = session.serve(scenario, names, workers, trace, seed, out)
     tables.print(session.table(outcomes))
     print(session.summary(outcomes))
     return 0

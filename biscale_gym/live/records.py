@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple, TextIO, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -75,10 +75,7 @@ class RecordStream:
 
     Attributes:
         written, dropped: records so far.
-        fault: why the file ended early, if it did.
-
-    Raises:
-        OSError: the file cannot be opened.
+        fault: why there is no file, or why it ended early.
     """
 
     def __init__(self, path: Path, capacity: int = 16_384, flush_s: float = 0.5) -> None:
@@ -88,7 +85,11 @@ class RecordStream:
         self._capacity, self._flush_s = capacity, flush_s
         self._waiting: deque[IterationRecord] = deque()
         self._ending = threading.Event()
-        self._file = path.open("w", encoding="ascii")
+        self._file: TextIO | None = None
+        try:
+            self._file = path.open("w", encoding="ascii")
+        except OSError as error:
+            self._fail(error)
         self._write([",".join(COLUMNS) + "\n"])
         self._thread = threading.Thread(target=self._run, name=f"records {path.name}", daemon=True)
         self._thread.start()
@@ -108,7 +109,8 @@ class RecordStream:
         self._thread.join()
         self._write([])
         try:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         except OSError as error:
             self.fault = self.fault or error
 
@@ -124,18 +126,21 @@ class RecordStream:
                 self.dropped += count
 
     def _write(self, lines: list[str]) -> bool:
-        if self.fault is None:
+        if self.fault is None and self._file is not None:
             try:
                 self._file.writelines(lines)
                 self._file.flush()
             except OSError as error:
-                self.fault = error
-                print(f"biscale-gym: {self.path}: {error.strerror}; serving goes on without records", file=sys.stderr)
+                self._fail(error)
         return self.fault is None
+
+    def _fail(self, error: OSError) -> None:
+        self.fault = error
+        print(f"biscale-gym: {self.path}: {error.strerror}; serving goes on without records", file=sys.stderr)
 
 
 def read_records(path: Path) -> npt.NDArray[np.void]:
-    """A file's records, DTYPE[n]; a last line that was cut off (kill, full disk) is left out.
+    """A file's records, DTYPE[n]; a last line that was cut off (kill, full disk) is left out, be it the first one.
 
     Raises:
         LiveError: not a file of records, or a broken line in its midst.
@@ -144,6 +149,8 @@ def read_records(path: Path) -> npt.NDArray[np.void]:
     with path.open(newline="", encoding="ascii") as file:
         text = file.read()
     lines = text[: text.rfind("\n") + 1].splitlines()
+    if not lines and ",".join(COLUMNS).startswith(text):
+        return np.zeros(0, DTYPE)
     rows = list(csv.reader(lines))
     if not rows or tuple(rows[0]) != COLUMNS:
         raise LiveError(f"{path}: not a file of records; expected the columns {', '.join(COLUMNS)}")

@@ -89,7 +89,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             f"{_quantile_ms(ttft, 50)}, {_quantile_ms(ttft, 99)}",
             f"{_quantile_ms(tpot, 50)}, {_quantile_ms(tpot, 99)}",
             _quantile_ms(outcome.itl_s, 99),
-            f"{outcome.energy_j:,.0f} {outcome.source}",
+            f"{outcome.energy_j:,.0f} {outcome.source}" if outcome.source else "unknown",
             f"{outcome.prompt_tokens_by_source.get('external_kv_transfer', 0)} of {outcome.prompt_tokens}",
             _quantile_ms(outcome.lag_s, 99),
             f"{_quantile(outcome.control_s, 50, 1e3) or 0.0:.3f}",
@@ -106,6 +106,7 @@ def _quantile(values: FloatArray, percent: float, scale: float = 1.0) -> float |
 def summary(outcomes: Sequence[Outcome]) -> str:
     """One line of JSON: latencies, transfer and overhead of the last run, energy of all."""
     last = outcomes[-1]
+    energy_j = {outcome.controller: round(outcome.energy_j, 3) for outcome in outcomes if outcome.source}
     return json.dumps(
         {
             "requests": len(last.requests.arrival_s),
@@ -116,7 +117,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
             "prompt_tokens_transferred": last.prompt_tokens_by_source.get("external_kv_transfer", 0),
             "prompt_tokens_total": last.prompt_tokens,
             "first_tokens_agree": last.first_tokens_agree,
-            f"{last.source}_energy_j": {outcome.controller: round(outcome.energy_j, 3) for outcome in outcomes},
+            **({f"{last.source}_energy_j": energy_j} if energy_j else {}),
             "client_lag_p99_s": _quantile(last.lag_s, 99.0),
             "control_overhead_median_ms": _quantile(last.control_s, 50.0, 1e3),
         }

@@ -1,4 +1,4 @@
-"""vLLM's engine, stepped by its worker; the only module that knows vLLM's names (tested with TESTED).
+"""vLLM's engine, stepped by its worker; with ``vllm_server`` the only module that knows vLLM's names (tested: TESTED).
 
 The engine runs in the calling process. Its scheduler is extended by two hooks, one before a scheduled batch is
 executed and one after, from which the governor reads the batch and stretches it. KV goes from prefill to decode workers
@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -139,14 +139,116 @@ class Batch:
     tokens: dict[str, int]
 
 
-def _governed_scheduler() -> type:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A request that an engine's scheduler holds, as the scheduler knows it.
+
+    Attributes:
+        name: its id.
+        prompt_tokens: of its prompt.
+        computed_tokens: of prompt and output, those whose KV is there or is being computed.
+        made: output tokens so far.
+        output_tokens: how many it will make.
+        arrived_s: at this server, seconds since the epoch.
+        told: what the client said of it beside the request.
+    """
+
+    name: str
+    prompt_tokens: int
+    computed_tokens: int
+    made: int
+    output_tokens: int
+    arrived_s: float
+    told: dict[str, Any]
+
+
+def held_requests(scheduler: Any) -> Iterator[Held]:
+    """A scheduler's requests that are not finished, in order of arrival (finished ones may still hold KV)."""
+    for name, request in list(scheduler.requests.items()):  # the list: in another thread requests come and go
+        if not request.is_finished():
+            yield Held(
+                name,
+                int(request.num_prompt_tokens),
+                int(request.num_computed_tokens),
+                int(request.num_output_tokens),
+                int(request.max_tokens),
+                float(request.arrival_time),
+                (request.sampling_params and request.sampling_params.extra_args) or {},
+            )
+
+
+def finished_requests(scheduler: Any, names: Iterable[str]) -> set[str]:
+    """Which of these requests have ended."""
+    known = scheduler.requests
+    return {name for name in names if name not in known or known[name].is_finished()}
+
+
+def batch_of(scheduler: Any, scheduled: Any) -> Batch:
+    """What a scheduler has just scheduled."""
+    tokens: dict[str, int] = {}
+    batch, kv_tokens, prefill_tokens, sum_len_sq = 0, 0, 0, 0.0
+    for request, count in scheduled.num_scheduled_tokens.items():
+        end = int(scheduler.requests[request].num_computed_tokens)  # this batch's included
+        tokens[request] = count
+        if count == 1 and end > 1:
+            batch += 1
+            kv_tokens += end
+        else:
+            prefill_tokens += count
+            sum_len_sq += float(end) ** 2 - float(end - count) ** 2
+    return Batch(Work(float(batch), float(kv_tokens), float(prefill_tokens), sum_len_sq), tokens)
+
+
+def kv_usage(scheduler: Any) -> float:
+    """Share of the KV blocks that is taken."""
+    return float(scheduler.kv_cache_manager.usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine was started with.
+
+    Attributes:
+        phase: what its part in KV transfer says of it; None: it has both.
+        kv_capacity_tokens: of its KV blocks.
+        token_budget, max_sequences: of a batch.
+        chunked: whether prompts may be cut.
+    """
+
+    phase: Phase | None
+    kv_capacity_tokens: int
+    token_budget: int
+    max_sequences: int
+    chunked: bool
+
+
+def limits_of(scheduler: Any) -> Limits:
+    """Of the engine that a scheduler belongs to."""
+    transfer, batching = scheduler.vllm_config.kv_transfer_config, scheduler.scheduler_config
+    roles: dict[str, Phase] = {"kv_producer": "prefill", "kv_consumer": "decode"}
+    return Limits(
+        roles.get(transfer.kv_role) if transfer is not None else None,
+        int(scheduler.kv_cache_config.num_blocks) * int(scheduler.block_size),
+        int(batching.max_num_batched_tokens),
+        int(batching.max_num_seqs),
+        bool(batching.enable_chunked_prefill),
+    )
+
+
+def governed_scheduler() -> type:
+    """A subclass of vLLM's scheduler with hooks around every batch.
+
+    It is no ``AsyncScheduler``: vLLM schedules a batch only after the one before it has run, so that its clock can be
+    chosen for it and, where it is emulated, its end be put off.
+    """
     scheduler: Any = import_module("vllm.v1.core.sched.scheduler").Scheduler
 
     class GovernedScheduler(scheduler):  # type: ignore[misc]
-        """vLLM's scheduler, which tells of a batch before it runs and after it has run."""
+        """vLLM's scheduler, which tells of a batch before it runs, after it has run, and when its tokens are booked."""
 
         before: Callable[[Any], None] | None = None
         after: Callable[[], None] | None = None
+        booked: Callable[[], None] | None = None
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
             scheduled = super().schedule(*args, **kwargs)
@@ -157,7 +259,10 @@ def _governed_scheduler() -> type:
         def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
             if self.after is not None:
                 self.after()
-            return super().update_from_output(*args, **kwargs)
+            outputs = super().update_from_output(*args, **kwargs)
+            if self.booked is not None:
+                self.booked()
+            return outputs
 
     return GovernedScheduler
 
@@ -195,6 +300,13 @@ def _honest_llvmlite() -> None:
     kind.__getattr__ = get
 
 
+def make_fit() -> None:
+    """What vLLM's CPU engine needs of the process that it runs in; before the engine is made."""
+    _without_progress_threads()
+    _honest_llvmlite()
+    _allow_amx()
+
+
 class Engine:
     """One vLLM engine in this process.
 
@@ -212,9 +324,7 @@ class Engine:
     ) -> None:
         os.environ.update(ENVIRONMENT)
         os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
-        _without_progress_threads()
-        _honest_llvmlite()
-        _allow_amx()
+        make_fit()
         self._vllm: Any = import_module("vllm")
         transfer = import_module("vllm.config").KVTransferConfig(
             kv_connector="NixlConnector",
@@ -236,7 +346,7 @@ class Engine:
             async_scheduling=False,
             disable_log_stats=False,
             distributed_executor_backend="uni",
-            scheduler_cls=_governed_scheduler(),
+            scheduler_cls=governed_scheduler(),
             kv_transfer_config=transfer,
         )
         self._engine: Any = import_module("vllm.v1.engine.llm_engine").LLMEngine.from_engine_args(arguments)
@@ -250,25 +360,11 @@ class Engine:
 
         def starting(scheduled: Any) -> None:
             nonlocal began_s
-            before(self._batch(scheduled))
+            before(batch_of(self._scheduler, scheduled))
             began_s = time.perf_counter()
 
         self._scheduler.before = starting
         self._scheduler.after = lambda: after(time.perf_counter() - began_s)
-
-    def _batch(self, scheduled: Any) -> Batch:
-        tokens: dict[str, int] = {}
-        batch, kv_tokens, prefill_tokens, sum_len_sq = 0, 0, 0, 0.0
-        for request, count in scheduled.num_scheduled_tokens.items():
-            end = int(self._scheduler.requests[request].num_computed_tokens)  # this batch's included
-            tokens[request] = count
-            if count == 1 and end > 1:
-                batch += 1
-                kv_tokens += end
-            else:
-                prefill_tokens += count
-                sum_len_sq += float(end) ** 2 - float(end - count) ** 2
-        return Batch(Work(float(batch), float(kv_tokens), float(prefill_tokens), sum_len_sq), tokens)
 
     def add(self, request: str, prompt: list[int], output_tokens: int, kv_params: dict[str, Any] | None) -> None:
         """Queue a request for exactly ``output_tokens`` tokens."""
@@ -313,7 +409,7 @@ class Engine:
     @property
     def kv_used_tokens(self) -> int:
         """KV that is taken, in whole blocks."""
-        return round(float(self._scheduler.kv_cache_manager.usage) * self.kv_capacity_tokens)
+        return round(kv_usage(self._scheduler) * self.kv_capacity_tokens)
 
     def prompt_tokens_by_source(self) -> dict[str, int]:
         """Prompt tokens so far: computed here (``local_compute``), fetched (``external_kv_transfer``)."""

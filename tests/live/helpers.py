@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,3 +15,40 @@ def wait_until(true: Callable[[], bool], limit_s: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < end_s, "waited in vain"
         time.sleep(0.005)
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Local addresses on which processes listen, as /proc shows them."""
+    sockets = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                sockets.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            cells = line.split()
+            if cells[3] == "0A" and cells[9] in sockets:
+                found.add(cells[1].partition(":")[0])
+    return found
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie until its parent, the forkserver, has ended too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            found += [int(child), *children(int(child))]
+    return found

@@ -69,6 +69,23 @@ def test_a_full_disk_ends_the_file_not_the_serving(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("No space left on device; serving goes on without records") == 1
 
 
+def test_a_file_that_cannot_be_opened_does_not_end_the_serving(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = RecordStream(tmp_path / "none" / "records.csv", flush_s=0.01)
+    stream.put(record(0))
+    stream.close()
+    assert (stream.written, stream.dropped) == (0, 1)
+    assert "No such file or directory; serving goes on without records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "end_s,batch,kv_to"])
+def test_a_disk_that_was_full_from_the_start_leaves_no_records(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "records.csv"
+    path.write_text(text)
+    assert len(read_records(path)) == 0
+
+
 def test_putting_never_waits_for_the_disk(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -6,18 +6,18 @@ They need vLLM: ``make test-live``, or ``.venv-live/bin/python -m pytest -m live
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from live.helpers import ROOT, wait_until
+from live.helpers import ROOT, children, ended, listening_addresses, wait_until
 
 from biscale_gym.config import load_preset
 from biscale_gym.control.controllers import PlanContext
@@ -118,6 +118,16 @@ def test_every_prompts_kv_is_transferred_and_lengths_are_exact(play: Play, pool:
     assert settled(pool, "prefill")
 
 
+def test_a_full_disk_ends_records_and_not_the_serving(play: Play, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    (folder / "decode-0.csv").symlink_to("/dev/full")
+    outcome = play()
+    everything_finished(outcome)
+    assert outcome.records_dropped > 100
+    assert len(read_records(folder / "prefill-0.csv")) > 0
+
+
 def test_clock_policies_act_on_live_workers(play: Play, tmp_path: Path) -> None:
     def decode_records() -> np.ndarray:
         return read_records(tmp_path / "records" / "decode-0.csv")
@@ -142,26 +152,6 @@ def test_what_does_not_fit_is_rejected_and_one_token_needs_no_decode(play: Play,
     assert outcome.states == {"finished": 2, "failed": 0, "rejected": 1, "unfinished": 0}
     assert outcome.prompt_tokens == outcome.prompt_tokens_by_source["external_kv_transfer"] == 100
     wait_until(lambda: settled(pool, "prefill"), 2.0)
-
-
-def listening_addresses(pids: set[int]) -> set[str]:
-    """Local addresses on which processes listen, as /proc shows them."""
-    sockets = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                target = os.readlink(link)
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                sockets.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            cells = line.split()
-            if cells[3] == "0A" and cells[9] in sockets:
-                found.add(cells[1].partition(":")[0])
-    return found
 
 
 def test_nothing_listens_beyond_loopback(play: Play, pool: Pool) -> None:
@@ -238,6 +228,19 @@ def test_a_worker_that_hangs_is_replaced(play: Play) -> None:
     assert any(why.startswith("decode-0 has said nothing for 1") for why in outcome.replaced)
 
 
+def test_workers_are_replaced_after_the_forkserver_has_died(play: Play) -> None:
+    """It starts every worker; killed alone it is not missed, and the next worker to start gets a new one."""
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+
+    def both(worker: WorkerProcess) -> None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        kill(worker)
+
+    outcome = play(watcher=when("decode", 3, both))
+    everything_finished(outcome)
+    assert len(outcome.replaced) == 1
+
+
 def test_a_request_whose_workers_die_again_and_again_fails(play: Play, settings: LiveSettings) -> None:
     def watch(phase: str, number: int, worker: WorkerProcess) -> None:
         if (phase, number) == ("decode", 0):
@@ -260,45 +263,25 @@ def test_a_worker_that_dies_too_often_ends_the_run(play: Play, pool: Pool, monke
         list(pool.messages(0.1))
 
 
-def ended(pid: int) -> bool:
-    """Gone, or a zombie until its parent, the forkserver, has ended too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-PARENT = """
-import sys
-from pathlib import Path
-from biscale_gym.config import load_preset
-from biscale_gym.control.scenario import load_scenario
-from biscale_gym.live.pool import Pool
-from biscale_gym.live.replay import Replay
-from biscale_gym.live.session import prepared
-from biscale_gym.live.settings import LiveSettings
-if __name__ == "__main__":
-    scenario = load_scenario("live-smoke")
-    trace, context = prepared(scenario, None, 0)
-    with Pool(scenario, load_preset(LiveSettings, "live", "cpu"), Path(sys.argv[1])) as pool:
-        print(*(worker.pid for worker in pool.workers), flush=True)
-        Replay(pool, trace, "max-clock", context, Path(sys.argv[1]) / "records").run()
-"""
-
-
-def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
-    program = tmp_path / "parent.py"
-    program.write_text(PARENT)
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)],
+    ids=["SIGKILL", "SIGTERM", "SIGINT"],
+)
+def test_everything_ends_with_the_command(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    program = "from biscale_gym.cli import main; main()"
+    command = [sys.executable, "-c", program, "live", "--controllers", "max-clock", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, program, tmp_path], stdout=subprocess.PIPE, text=True, env=environment)
-    assert parent.stdout is not None
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
-    time.sleep(2.0)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    wait_until(lambda: all(ended(pid) for pid in pids), ORPHAN_GRACE_S + 60.0)
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    records = tmp_path / "max-clock" / "decode-0.csv"
+    wait_until(lambda: records.is_file() and len(records.read_text().splitlines()) > 10, 600.0)
+    started = children(parent.pid)
+    assert len(started) >= 4  # two workers, and multiprocessing's helpers
+    parent.send_signal(number)
+    _, said = parent.communicate(timeout=120.0)
+    assert parent.returncode == status
+    assert "Traceback" not in said
+    wait_until(lambda: all(ended(pid) for pid in started), ORPHAN_GRACE_S + 60.0)
 
 
 def test_the_context_of_workers_can_be_sent(scenario: ScenarioSettings) -> None:
