@@ -74,11 +74,24 @@ def _quantile_ms(values_s: FloatArray, percent: float) -> str:
     return "–" if quantile is None else f"{quantile:.1f}"
 
 
+def _quantiles_ms(values_s: FloatArray) -> str:
+    return ", ".join(_quantile_ms(values_s, percent) for percent in (50, 90, 99))
+
+
 def table(outcomes: Sequence[Outcome]) -> Table:
     """The runs side by side."""
     made = Table(title="live workers")
-    columns = ("controller", "finished", "retried", "TTFT p50, p99 ms", "TPOT p50, p99 ms", "ITL p99 ms", "energy J")
-    for column in (*columns, "KV fetched", "client lag p99 ms", "control ms"):
+    latencies = [f"{name} p50, p90, p99 ms" for name in ("TTFT", "TPOT", "ITL")]
+    for column in (
+        "controller",
+        "finished",
+        "retried",
+        *latencies,
+        "energy J",
+        "KV fetched",
+        "lag p99 ms",
+        "control ms",
+    ):
         made.add_column(column)
     for outcome in outcomes:
         ttft, tpot = ttft_s(outcome.requests), tpot_s(outcome.requests)
@@ -86,9 +99,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             outcome.controller,
             f"{outcome.states['finished']} of {sum(outcome.states.values())}",
             str(outcome.retried),
-            f"{_quantile_ms(ttft, 50)}, {_quantile_ms(ttft, 99)}",
-            f"{_quantile_ms(tpot, 50)}, {_quantile_ms(tpot, 99)}",
-            _quantile_ms(outcome.itl_s, 99),
+            *(_quantiles_ms(values_s) for values_s in (ttft, tpot, outcome.itl_s)),
             f"{outcome.energy_j:,.0f} {outcome.source}",
             f"{outcome.prompt_tokens_by_source.get('external_kv_transfer', 0)} of {outcome.prompt_tokens}",
             _quantile_ms(outcome.lag_s, 99),
