@@ -11,9 +11,10 @@ import numpy.typing as npt
 from rich.table import Table
 
 from biscale_gym.config import load_preset
-from biscale_gym.control.controllers import PlanContext, make_controller
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import requests_for
+from biscale_gym.live.messages import Variant
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.settings import LiveSettings
@@ -50,7 +51,7 @@ def serve(
 
     Args:
         scenario_name: its placement says which workers there are; a phase without a policy holds its top clock.
-        controllers: names or ``module:Class``.
+        controllers: ``NAME`` or ``NAME[KEY=VALUE,...]``, installed or ``module:Class``.
         preset: of live settings, or a file.
         trace_file: in place of the scenario's workload.
         seed: of the trace and of the prompts' token ids.
@@ -63,7 +64,7 @@ def serve(
     settings = load_preset(LiveSettings, "live", preset)
     trace, context = prepared(scenario, trace_file, seed)
     for name in controllers:
-        make_controller(name)
+        Variant.parsed(name).make()
     folder.mkdir(parents=True, exist_ok=True)
     with Pool(scenario, settings, folder) as pool:
         return [Replay(pool, trace, name, context, folder / name.replace(":", "."), seed).run() for name in controllers]
