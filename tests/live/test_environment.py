@@ -173,6 +173,15 @@ class TestOnWorkers:
         assert record.row["controller"] == "agent"
         assert record.row["ttft_p50_s"] == metrics["ttft_p50_s"]
         assert record.provenance["energy_source"] == "modelled"
+        page = (Path(biscale_gym.__file__).parents[1] / "docs" / "environments" / "live.md").read_text()
+        modelled.reset(seed=0)
+        over = False
+        while not over:
+            *_, over, known = modelled.step(held(6, 6))
+        ended = steps[-1][2]
+        own = (ended.keys() - known.keys()) | (metrics.keys() - known["episode_metrics"].keys())
+        assert {"overrun_s", "intervals_late", "itl_p90_s", "energy_source"} <= own
+        assert {name for name in own if f"`{name}`" not in page} == set()
         timeline = RecordStore(tmp_path / "out").arrays(record)
         assert timeline["timeline_clock_mhz"].shape == (metrics["intervals"], 2)
 
