@@ -117,7 +117,7 @@ class LiveEnv(gymnasium.Env[Observation, Any]):
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as Gymnasium declares it
-    nothing: ClassVar[dict[str, float]] = {"overrun_s": 0.0, "intervals_missed": 0}
+    _in_time: ClassVar[dict[str, float]] = {"overrun_s": 0.0, "intervals_missed": 0}
 
     def __init__(self, scenario: str = "live-smoke", render_mode: str | None = None, **settings: Any) -> None:
         vllm_engine.require_vllm()
@@ -236,7 +236,7 @@ class LiveEnv(gymnasium.Env[Observation, Any]):
         setting.first(self._cluster.handle(), self._lane, self._obs, self._terms)
         self._over, self._tick, self._missed, self._overruns_s = False, 0, 0, []
         self._actions, self._timeline = hashlib.sha256(), Timeline()
-        return self._obs.copy(), {**episode.info, **self._info(), **self.nothing}
+        return self._obs.copy(), {**episode.info, **self._info(), **self._in_time}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Ask for clocks, and wait for the end of the control interval.

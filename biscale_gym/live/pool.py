@@ -72,7 +72,7 @@ class WorkerProcess:
         kv_used_tokens: as it said last.
         kv_capacity_tokens: of its engine, once it is up.
         source: whether its device's numbers are measured or modelled, once it serves.
-        restarts: how often it was replaced.
+        restarts: how often it was replaced in this run.
     """
 
     def __init__(self, setup: m.Setup) -> None:

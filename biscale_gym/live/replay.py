@@ -235,6 +235,7 @@ class Replay:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         for worker in self._pool.workers:
+            worker.restarts = 0
             if worker.up:
                 self._begin(worker)
         while not all(worker.serving for worker in self._pool.workers) and not self._stopping:
