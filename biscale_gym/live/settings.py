@@ -57,6 +57,7 @@ class LiveEnvSettings(ClusterEnvSettings):
             every batch; None: all clocks are the agent's.
         governed: the phases whose clocks are the governor's; the agent's choices for them are ignored.
         out: folder of the records.
+        planner, randomisation: must stay None: workers stay where they are, and the hardware is what it is.
     """
 
     workers: str = "cpu"
