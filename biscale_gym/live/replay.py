@@ -11,12 +11,12 @@ request's arrival.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,9 @@ from biscale_gym.live import messages as m
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources
 from biscale_gym.live.records import read_records
-from biscale_gym.live.vllm_engine import FIRST_TOKEN_ID, PREFILL_PARAMS, Output
+from biscale_gym.live.served import Served, ledger_of
+from biscale_gym.live.status import Status
+from biscale_gym.live.vllm_engine import PREFILL_PARAMS, Output
 from biscale_gym.traces import Trace
 
 FloatArray = npt.NDArray[np.float64]
@@ -39,33 +41,6 @@ LEAD_S = 0.2
 """From the last worker's readiness to time 0 of the run."""
 TURN_S = 0.05
 REPORT_LIMIT_S = 30.0
-
-
-@dataclass(slots=True)
-class _Served:
-    """A request as the client sees it."""
-
-    number: int
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    attempt: int = 0
-    stage: Phase | None = None
-    worker: str = ""
-    prefilled_by: str = ""
-    sent_s: float = float("nan")
-    prefill_sent_s: float = float("nan")
-    first_token: int = -1
-    token_s: list[float] = field(default_factory=list)
-    made: int = 0
-    agrees: bool = True
-    kv_params: dict[str, Any] | None = None
-    state: str = "expected"
-
-    @property
-    def id(self) -> str:
-        """Unique over attempts."""
-        return f"{self.number}.{self.attempt}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +81,44 @@ class Outcome:
     control_s: FloatArray
     records_dropped: int
 
+    def figures(self) -> dict[str, float]:
+        """What of it is no figure of ``metrics.measure``, units in the names; of nothing, nothing."""
+        found: dict[str, float] = {
+            "requests_failed": self.states["failed"],
+            "requests_unfinished": self.states["unfinished"],
+            "requests_retried": self.retried,
+            "workers_replaced": len(self.replaced),
+            "prompt_tokens_transferred": self.prompt_tokens_by_source.get("external_kv_transfer", 0),
+            "prompt_tokens_decoded": self.prompt_tokens,
+        }
+        for name, values_s, percents in (
+            ("itl", self.itl_s, (50, 90, 99)),
+            ("client_lag", self.lag_s[np.isfinite(self.lag_s)], (50, 99)),
+            ("control", self.control_s, (50, 99)),
+        ):
+            if values_s.size:
+                found |= {f"{name}_p{percent}_s": float(np.percentile(values_s, percent)) for percent in percents}
+        return found
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the client counts of one worker.
+
+    Attributes:
+        routed: requests sent there.
+        completed: of them, whose phase was completed; an attempt that a worker's death undid later still counts.
+        late: of those, whose phase broke its SLO.
+        sent: (prompt tokens, arrival) of those sent to its present process.
+        lost: what its former processes had shown last.
+    """
+
+    routed: int = 0
+    completed: int = 0
+    late: int = 0
+    sent: list[tuple[int, float]] = field(default_factory=list)
+    lost: list[Status] = field(default_factory=list)
+
 
 class Replay:
     """One run in progress.
@@ -113,38 +126,79 @@ class Replay:
     Args:
         pool: the workers, all up.
         trace: arrival times are kept, whatever the workers do.
-        controller: name or ``module:Class``.
+        controller: ``NAME`` or ``NAME[KEY=VALUE,...]``, installed or ``module:Class``; None: every clock is held.
         context: what it knows; its scenario says how long the run may drain.
         folder: for records, one file per worker.
         seed: of the prompts' token ids.
         watcher: see ``Watcher``.
+        governed: the controller's phases; the other phases' clocks are held, until ``hold`` names others.
+        duration_s: how long the run lasts at least; None: the scenario's duration.
+        held_mhz: by worker, the clock that is held at first; elsewhere the scenario's top clock.
+        watched: whether workers show their status.
+
+    Attributes:
+        lock: of what other threads read while ``run`` runs in one of its own: counts and times of requests.
+        started: set when the run's time is known: ``origin_s``, on ``time.monotonic``'s scale.
+        tallies: by worker.
+
+    Raises:
+        ControllerError: no such controller.
     """
 
     def __init__(
         self,
         pool: Pool,
         trace: Trace,
-        controller: str,
+        controller: str | None,
         context: PlanContext,
         folder: Path,
         seed: int = 0,
         watcher: Watcher | None = None,
+        *,
+        governed: Sequence[Phase] = PHASES,
+        duration_s: float | None = None,
+        held_mhz: Mapping[str, int] | None = None,
+        watched: bool = False,
     ) -> None:
         self._pool, self._context, self._folder, self._seed = pool, context, folder, seed
         self._controller, self._watcher = controller, watcher
+        self._variant = None if controller is None else m.Variant.parsed(controller)
+        if self._variant is not None:
+            self._variant.make()  # refused here, if at all
+        self._governed, self._watched = governed, watched
+        self._held_mhz = {each.setup.name: context.scenario.top_clock_mhz for each in pool.workers} | dict(
+            held_mhz or {}
+        )
+        scenario = context.scenario
+        self._duration_s = scenario.duration_s if duration_s is None else duration_s
+        self._ttft_slo_s = scenario.slo.ttft_s - 1e-3 * scenario.cluster.serving_overhead_ms
+        self.lock = threading.Lock()
+        self.started = threading.Event()
+        self.origin_s = 0.0
+        self.tallies = {each.setup.name: Tally() for each in pool.workers}
+        self._stopping = False
         columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
-        self._served = [_Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
-        self._active: dict[str, _Served] = {}
-        self._queues: dict[Phase, deque[_Served]] = {phase: deque() for phase in PHASES}
+        self._served = [Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
+        self._active: dict[str, Served] = {}
+        self._queues: dict[Phase, deque[Served]] = {phase: deque() for phase in PHASES}
         self._records: list[Path] = []
         self._energy_j: dict[str, float] = {}  # of the present process of each worker
         self._lost_j = 0.0
         self._retried = 0
         self._replaced: list[str] = []
-        self._origin_s = 0.0
 
     def _now_s(self) -> float:
-        return time.monotonic() - self._origin_s
+        return time.monotonic() - self.origin_s
+
+    def stop(self) -> None:
+        """Let ``run`` end soon, from another thread; what is in flight is given up."""
+        self._stopping = True
+
+    def hold(self, worker: WorkerProcess, clock_mhz: int) -> None:
+        """Let a worker whose phase nobody governs hold a clock, before its next batch; returns at once."""
+        self._held_mhz[worker.setup.name] = clock_mhz
+        if worker.serving:  # else it begins with this clock
+            worker.send(m.Clock(clock_mhz))
 
     def run(self) -> Outcome:
         """Serve the trace.
@@ -154,38 +208,52 @@ class Replay:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         for worker in self._pool.workers:
+            worker.restarts = 0
             if worker.up:
                 self._begin(worker)
-        while not all(worker.serving for worker in self._pool.workers):
+        while not all(worker.serving for worker in self._pool.workers) and not self._stopping:
             self._listen(TURN_S)
-        self._origin_s = time.monotonic() + LEAD_S
+        self.origin_s = time.monotonic() + LEAD_S
         for worker in self._pool.workers:
-            worker.send(m.Go(self._origin_s))
-        scenario = self._context.scenario
-        limit_s = scenario.duration_s + scenario.drain_limit_s
+            worker.send(m.Go(self.origin_s))
+        self.started.set()
+        limit_s = self._duration_s + self._context.scenario.drain_limit_s
         coming = deque(self._served)
-        while coming or self._active or any(self._queues.values()):
+        while (coming or self._active or any(self._queues.values())) and not self._stopping:
             now_s = self._now_s()
             if now_s > limit_s:
                 break
             while coming and coming[0].arrival_s <= now_s:
-                self._arrive(coming.popleft())
+                with self.lock:
+                    self._arrive(coming.popleft())
             until_s = coming[0].arrival_s - self._now_s() if coming else TURN_S
             self._listen(min(TURN_S, max(0.0, until_s)))
-        end_s = max(scenario.duration_s, self._now_s())
-        while self._now_s() < end_s:
+        end_s = max(self._duration_s, self._now_s())
+        while self._now_s() < end_s and not self._stopping:
             self._listen(min(TURN_S, max(0.0, end_s - self._now_s())))
+        self._give_up()
         return self._outcome(self._reports(), end_s)
+
+    def _give_up(self) -> None:
+        """Let the workers forget what is still in flight, so that the next run finds them empty."""
+        for served in self._active.values():
+            self._worker(served.worker).send(m.Abort(served.id))
+
+    def _worker(self, name: str) -> WorkerProcess:
+        return next(each for each in self._pool.workers if each.setup.name == name)
 
     def _begin(self, worker: WorkerProcess) -> None:
         path = self._folder / f"{worker.setup.name}{f'.{worker.restarts}' if worker.restarts else ''}.csv"
         self._records.append(path)
         self._energy_j[worker.setup.name] = 0.0
-        worker.send(m.Run(self._controller, self._context, path))
+        name, governed = worker.setup.name, worker.setup.phase in self._governed
+        variant = self._variant if governed else None
+        self.tallies[name].sent = []
+        worker.send(m.Run(variant, self._context, path, self._held_mhz[name], self._watched))
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def _arrive(self, served: _Served) -> None:
+    def _arrive(self, served: Served) -> None:
         settings = self._pool.settings
         served.sent_s = self._now_s()
         if served.prompt_tokens + served.output_tokens > settings.max_model_len:
@@ -194,12 +262,7 @@ class Replay:
         served.state = "unfinished"
         self._send(served, "prefill")
 
-    def _prompt(self, served: _Served) -> npt.NDArray[np.int32]:
-        rng = np.random.default_rng([self._seed, served.number])
-        highest = self._pool.settings.model.vocabulary
-        return rng.integers(FIRST_TOKEN_ID, highest, served.prompt_tokens, dtype=np.int32)
-
-    def _send(self, served: _Served, phase: Phase) -> None:
+    def _send(self, served: Served, phase: Phase) -> None:
         """To the phase's worker with the fewest requests, or into the queue while there is none."""
         workers = self._pool.of(phase)
         if not workers:
@@ -217,10 +280,20 @@ class Replay:
             kv_params, output_tokens = (PREFILL_PARAMS if served.output_tokens > 1 else None), 1
         else:
             first_token_s = served.token_s[0]
-        prompt = self._prompt(served)
+        tally = self.tallies[worker.setup.name]
+        tally.routed += 1
+        tally.sent.append((served.prompt_tokens, served.arrival_s))
+        prompt = served.prompt(self._seed, self._pool.settings.model.vocabulary)
         worker.send(m.Add(served.id, prompt, output_tokens, kv_params, served.arrival_s, first_token_s))
 
-    def _again(self, served: _Served) -> None:
+    def _send_late(self, served: Served, phase: Phase) -> None:
+        """To a phase that has a worker again; KV that nobody fetched has been freed after its lease."""
+        if phase == "decode" and self._now_s() - served.token_s[0] > self._pool.settings.kv_lease_s:
+            self._again(served)
+        else:
+            self._send(served, phase)
+
+    def _again(self, served: Served) -> None:
         """Serve a request from the start, if it may have another attempt."""
         self._active.pop(served.id, None)
         if served.attempt == self._pool.settings.retries:
@@ -235,22 +308,27 @@ class Replay:
 
     def _listen(self, timeout_s: float) -> None:
         for worker, message in self._pool.messages(timeout_s):
-            match message:
-                case m.Tokens():
-                    for output in message.outputs:
-                        self._take(output)
-                case m.Alive():
-                    self._energy_j[worker.setup.name] = message.energy_j
-                case m.Ready():
-                    self._begin(worker)
-                case m.Begun() if self._origin_s:
-                    worker.send(m.Go(self._origin_s))
-                    waiting = self._queues[worker.setup.phase]
-                    for _ in range(len(waiting)):
-                        self._send(waiting.popleft(), worker.setup.phase)
-                case Died():
-                    self._mourn(worker, message.why)
-                    return  # the other workers are heard again in the next turn
+            with self.lock:
+                self._hear(worker, message)
+            if isinstance(message, Died):
+                return  # the other workers are heard again in the next turn
+
+    def _hear(self, worker: WorkerProcess, message: object) -> None:
+        match message:
+            case m.Tokens():
+                for output in message.outputs:
+                    self._take(output)
+            case m.Alive():
+                self._energy_j[worker.setup.name] = message.energy_j
+            case m.Ready():
+                self._begin(worker)
+            case m.Begun() if self.origin_s:
+                worker.send(m.Go(self.origin_s))
+                waiting = self._queues[worker.setup.phase]
+                for _ in range(len(waiting)):
+                    self._send_late(waiting.popleft(), worker.setup.phase)
+            case Died():
+                self._mourn(worker, message.why)
 
     def _take(self, output: Output) -> None:
         served = self._active.get(output.request)
@@ -274,12 +352,19 @@ class Replay:
             if served.made != served.output_tokens:
                 raise LiveError(f"request {served.number} has {served.made} tokens in place of {served.output_tokens}")
             served.state = "finished"
+            tally = self.tallies[served.worker]
+            tally.completed += 1
+            tpot_slo_s = self._context.scenario.slo.tpot_s
+            tally.late += now_s - served.token_s[0] > tpot_slo_s * (served.output_tokens - 1)
 
-    def _prefilled(self, served: _Served, output: Output, now_s: float) -> None:
+    def _prefilled(self, served: Served, output: Output, now_s: float) -> None:
         if not output.finished:
             return
         served.token_s, served.first_token = [now_s], output.tokens[0]
         served.kv_params = output.kv_params
+        tally = self.tallies[served.worker]
+        tally.completed += 1
+        tally.late += now_s - served.arrival_s > self._ttft_slo_s
         del self._active[served.id]
         if served.output_tokens == 1:
             served.state = "finished"
@@ -290,6 +375,7 @@ class Replay:
         name = dead.setup.name
         self._replaced.append(why)
         self._lost_j += self._energy_j.pop(name, 0.0)
+        self.tallies[name].lost.append(dead.status)
         self._pool.replace(dead, why)
         waiting = self._queues["decode"]
         for served in [each for each in waiting if each.prefilled_by == name]:
@@ -300,7 +386,7 @@ class Replay:
                 self._again(served)
             elif served.stage == "decode" and served.prefilled_by == name and served.made == 0:
                 # Its KV may have gone down with the prefill worker.
-                next(each for each in self._pool.workers if each.setup.name == served.worker).send(m.Abort(served.id))
+                self._worker(served.worker).send(m.Abort(served.id))
                 self._again(served)
 
     def _reports(self) -> list[tuple[WorkerProcess, m.Report]]:
@@ -337,8 +423,8 @@ class Replay:
         decode_reports = [report for worker, report in reports if worker.setup.phase == "decode"]
         sources = {report.source for _, report in reports}
         return Outcome(
-            controller=self._controller,
-            requests=self._ledger(),
+            controller=self._controller or "held",
+            requests=self.ledger(),
             itl_s=np.concatenate(gaps) if gaps else np.zeros(0),
             lag_s=np.array([served.sent_s - served.arrival_s for served in self._served]),
             states=states,
@@ -354,28 +440,15 @@ class Replay:
             records_dropped=sum(report.records_dropped for _, report in reports),
         )
 
-    def _ledger(self) -> RequestLedger:
-        numbers = {worker.setup.name: number for number, worker in enumerate(self._pool.workers)}
-        rows = self._served
-        ended = [served.state == "finished" for served in rows]
+    def counts(self) -> dict[str, int]:
+        """Requests that have arrived, finished, and were rejected or have failed, so far."""
+        states = [served.state for served in self._served]
+        return {
+            "arrived": len(states) - states.count("expected"),
+            "finished": states.count("finished"),
+            "rejected": states.count("rejected") + states.count("failed"),
+        }
 
-        def times(value: Callable[[_Served], float]) -> FloatArray:
-            return np.array([value(served) for served in rows], dtype=np.float64)
-
-        nan = float("nan")
-        return RequestLedger(
-            arrival_s=times(lambda served: served.arrival_s),
-            prefill_start_s=times(lambda served: served.prefill_sent_s),
-            first_token_s=times(lambda served: served.token_s[0] if served.token_s else nan),
-            delivered_s=np.full(len(rows), nan),
-            finish_s=times(lambda served: served.token_s[-1] if served.state == "finished" else nan),
-            prompt_tokens=np.array([served.prompt_tokens for served in rows], dtype=np.int64),
-            output_tokens=np.array([served.output_tokens for served in rows], dtype=np.int64),
-            prefill_instance=np.array([numbers.get(served.prefilled_by, -1) for served in rows], dtype=np.int64),
-            decode_instance=np.array(
-                [numbers[served.worker] if served.stage == "decode" else -1 for served in rows], dtype=np.int64
-            ),
-            preemptions=np.zeros(len(rows), np.int64),
-            finished=np.array(ended, dtype=np.bool_),
-            rejected=np.array([served.state == "rejected" for served in rows], dtype=np.bool_),
-        )
+    def ledger(self) -> RequestLedger:
+        """The requests so far; a failed one counts as rejected."""
+        return ledger_of(self._served, [worker.setup.name for worker in self._pool.workers])

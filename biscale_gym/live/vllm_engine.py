@@ -351,6 +351,9 @@ class Engine:
         )
         self._engine: Any = import_module("vllm.v1.engine.llm_engine").LLMEngine.from_engine_args(arguments)
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
+        # The scheduler knows requests by names of vLLM's own: ours, and something random after it.
+        self._internal_names: dict[str, str] = {}
+        self._own_names: dict[str, str] = {}
         self.block_tokens = int(self._scheduler.block_size)
         self.kv_capacity_tokens = settings.kv_blocks * self.block_tokens
 
@@ -360,11 +363,19 @@ class Engine:
 
         def starting(scheduled: Any) -> None:
             nonlocal began_s
-            before(batch_of(self._scheduler, scheduled))
+            before(self._batch(scheduled))
             began_s = time.perf_counter()
 
         self._scheduler.before = starting
         self._scheduler.after = lambda: after(time.perf_counter() - began_s)
+
+    def unhook(self) -> None:
+        """Call nobody any more."""
+        self._scheduler.before = self._scheduler.after = None
+
+    def _batch(self, scheduled: Any) -> Batch:
+        batch = batch_of(self._scheduler, scheduled)
+        return Batch(batch.work, {self._own_names.get(name, name): count for name, count in batch.tokens.items()})
 
     def add(self, request: str, prompt: list[int], output_tokens: int, kv_params: dict[str, Any] | None) -> None:
         """Queue a request for exactly ``output_tokens`` tokens."""
@@ -377,11 +388,16 @@ class Engine:
             output_kind=import_module("vllm.sampling_params").RequestOutputKind.DELTA,
             extra_args={"kv_transfer_params": kv_params} if kv_params else None,
         )
-        self._engine.add_request(request, {"prompt_token_ids": prompt}, parameters)
+        internal = self._engine.add_request(request, {"prompt_token_ids": prompt}, parameters)
+        self._internal_names[request], self._own_names[internal] = internal, request
 
     def abort(self, request: str) -> None:
         """Forget a request."""
         self._engine.abort_request([request])
+        self._forget(request)
+
+    def _forget(self, request: str) -> None:
+        self._own_names.pop(self._internal_names.pop(request, request), None)
 
     @property
     def busy(self) -> bool:
@@ -392,6 +408,8 @@ class Engine:
         """One iteration; yields what came of it."""
         for output in self._engine.step():
             (completion,) = output.outputs
+            if output.finished:
+                self._forget(output.request_id)
             reason = completion.finish_reason
             yield Output(
                 output.request_id,
@@ -403,7 +421,7 @@ class Engine:
 
     def computed_tokens(self, request: str) -> int:
         """Tokens of a queued or running request whose KV is there."""
-        known = self._scheduler.requests.get(request)
+        known = self._scheduler.requests.get(self._internal_names.get(request, request))
         return 0 if known is None else int(known.num_computed_tokens)
 
     @property
