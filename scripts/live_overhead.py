@@ -6,7 +6,8 @@ Batches of requests decode on a real vLLM engine, as a worker drives it. Blocks 
 (``off``), with BiScale's slack policy asked before each batch, its energy booked and its record written (``on``), and
 the same with the status that BiScale/Live-v0 reads (``watched``). The emulated clock stays at the top, so that no step
 is stretched. A figure is the median over rounds of the difference between a block's median step and the ``off``
-block's of the same round, with the middle half of the rounds; the machine's load is told beside it.
+block's of the same round, with the middle half of the rounds: of the time that a step took, and of the processor time
+that the worker's thread spent on it, which other programs disturb less. The machine's load is told beside it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from biscale_gym.live.vllm_engine import Engine
 from biscale_gym.live.worker import WorkerRun
 
 ARMS = ("off", "on", "watched")
+KINDS = ("step", "cpu")
 PROMPT_TOKENS = 200
 TOP_MHZ = 1980
 
@@ -48,15 +50,16 @@ class Unmoved(EmulatedDevice):
         super().ask_clock(max(clock_mhz, self.clocks_mhz[-1]))
 
 
-def steps_s(engine: Engine, run: WorkerRun, count: int) -> list[float]:
-    """Durations of the engine's next steps."""
+def median_step_ms(engine: Engine, run: WorkerRun, count: int) -> list[float]:
+    """Of the engine's next steps, as in ``KINDS``."""
     taken_s = []
     for _ in range(count):
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         outputs = list(engine.step())
-        taken_s.append(time.perf_counter() - began_s)
+        taken_s.append((time.perf_counter() - began_s, time.thread_time() - began_cpu_s))
         run.take(outputs)
-    return taken_s
+    found: list[float] = (1e3 * np.median(taken_s, axis=0)).tolist()
+    return found
 
 
 def measured(engine: Engine, runs: dict[str, WorkerRun], batch: int, rounds: int, steps: int) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def measured(engine: Engine, runs: dict[str, WorkerRun], batch: int, rounds: int
         engine.add(name, prompt.tolist(), longest, None)
     while any(engine.computed_tokens(name) <= PROMPT_TOKENS for name in names):
         list(engine.step())
-    medians_s: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    medians_ms: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for number in range(rounds):
         order = [ARMS[(number + place) % len(ARMS)] for place in range(len(ARMS))]
         for arm in order:
@@ -81,17 +84,19 @@ def measured(engine: Engine, runs: dict[str, WorkerRun], batch: int, rounds: int
                 engine.unhook()
             else:
                 runs[arm].hook()
-            medians_s[arm].append(float(np.median(steps_s(engine, runs["on"], steps))))
+            medians_ms[arm].append(median_step_ms(engine, runs["on"], steps))
     for name in names:
         for run in runs.values():
             run.requests.pop(name, None)
         engine.abort(name)
-    off_s = np.array(medians_s["off"])
-    row: dict[str, Any] = {"batch": batch, "step_off_ms": 1e3 * float(np.median(off_s))}
-    for arm in ARMS[1:]:
-        added_ms = 1e3 * (np.array(medians_s[arm]) - off_s)
-        low, middle, high = np.percentile(added_ms, (25, 50, 75)).tolist()
-        row[f"added_{arm}_ms"] = {"median": middle, "quartiles": [low, high]}
+    row: dict[str, Any] = {"batch": batch}
+    for number, kind in enumerate(KINDS):
+        off_ms = np.array(medians_ms["off"])[:, number]
+        row[f"off_{kind}_ms"] = float(np.median(off_ms))
+        for arm in ARMS[1:]:
+            added_ms = np.array(medians_ms[arm])[:, number] - off_ms
+            low, middle, high = np.percentile(added_ms, (25, 50, 75)).tolist()
+            row[f"{arm}_added_{kind}_ms"] = {"median": middle, "quartiles": [low, high]}
     return row
 
 
@@ -136,14 +141,16 @@ def main(
             run.end()
         engine.close()
     figures = {"load_average_before": load[0], "load_average_after": os.getloadavg()[0], "rows": rows}
-    print("batch   step off   added on (middle half)      added watched (middle half)      [ms]")
+    print("| batch | | off [ms] | control adds [ms] | with the status [ms] |")
+    print("|--:|---|--:|--:|--:|")
     for row in rows:
-        told_arms = []
-        for arm in ARMS[1:]:
-            added = row[f"added_{arm}_ms"]
-            low, high = added["quartiles"]
-            told_arms.append(f"{added['median']:+.3f} ({low:+.3f} to {high:+.3f})")
-        print(f"{row['batch']:5d} {row['step_off_ms']:10.3f}   {'      '.join(told_arms)}")
+        for kind in KINDS:
+            cells = [f"{row['batch']}", kind, f"{row[f'off_{kind}_ms']:.3f}"]
+            for arm in ARMS[1:]:
+                added = row[f"{arm}_added_{kind}_ms"]
+                low, high = added["quartiles"]
+                cells.append(f"{added['median']:.3f} ({low:.3f} to {high:.3f})")
+            print(f"| {' | '.join(cells)} |")
     print(f"load average {figures['load_average_before']:.1f} before, {figures['load_average_after']:.1f} after")
     if json_to == "-":
         print(json.dumps(figures))
