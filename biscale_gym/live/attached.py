@@ -231,6 +231,8 @@ class AttachedReplay:
         prefill.holds.add(served.number)
         try:
             async with self._on("decode", served) as decode:
+                if self._now_s() - served.token_s[0] > self._settings.kv_lease_s:
+                    raise _Failed("while no decode server was up, its KV has been freed")
                 body = v.decode_body(decode.served.model, prompt, served.output_tokens, served.kv_params, told)
                 async with contextlib.aclosing(events(decode.url, v.COMPLETIONS, body, headers)) as answers:
                     async for event in answers:

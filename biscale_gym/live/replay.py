@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +28,9 @@ from biscale_gym.live import messages as m
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources
 from biscale_gym.live.records import read_records
+from biscale_gym.live.served import Served, ledger_of
 from biscale_gym.live.status import Status
-from biscale_gym.live.vllm_engine import FIRST_TOKEN_ID, PREFILL_PARAMS, Output
+from biscale_gym.live.vllm_engine import PREFILL_PARAMS, Output
 from biscale_gym.traces import Trace
 
 FloatArray = npt.NDArray[np.float64]
@@ -41,33 +41,6 @@ LEAD_S = 0.2
 """From the last worker's readiness to time 0 of the run."""
 TURN_S = 0.05
 REPORT_LIMIT_S = 30.0
-
-
-@dataclass(slots=True)
-class _Served:
-    """A request as the client sees it."""
-
-    number: int
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    attempt: int = 0
-    stage: Phase | None = None
-    worker: str = ""
-    prefilled_by: str = ""
-    sent_s: float = float("nan")
-    prefill_sent_s: float = float("nan")
-    first_token: int = -1
-    token_s: list[float] = field(default_factory=list)
-    made: int = 0
-    agrees: bool = True
-    kv_params: dict[str, Any] | None = None
-    state: str = "expected"
-
-    @property
-    def id(self) -> str:
-        """Unique over attempts."""
-        return f"{self.number}.{self.attempt}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +178,9 @@ class Replay:
         self.tallies = {each.setup.name: Tally() for each in pool.workers}
         self._stopping = False
         columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
-        self._served = [_Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
-        self._active: dict[str, _Served] = {}
-        self._queues: dict[Phase, deque[_Served]] = {phase: deque() for phase in PHASES}
+        self._served = [Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
+        self._active: dict[str, Served] = {}
+        self._queues: dict[Phase, deque[Served]] = {phase: deque() for phase in PHASES}
         self._records: list[Path] = []
         self._energy_j: dict[str, float] = {}  # of the present process of each worker
         self._lost_j = 0.0
@@ -280,7 +253,7 @@ class Replay:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def _arrive(self, served: _Served) -> None:
+    def _arrive(self, served: Served) -> None:
         settings = self._pool.settings
         served.sent_s = self._now_s()
         if served.prompt_tokens + served.output_tokens > settings.max_model_len:
@@ -289,12 +262,7 @@ class Replay:
         served.state = "unfinished"
         self._send(served, "prefill")
 
-    def _prompt(self, served: _Served) -> npt.NDArray[np.int32]:
-        rng = np.random.default_rng([self._seed, served.number])
-        highest = self._pool.settings.model.vocabulary
-        return rng.integers(FIRST_TOKEN_ID, highest, served.prompt_tokens, dtype=np.int32)
-
-    def _send(self, served: _Served, phase: Phase) -> None:
+    def _send(self, served: Served, phase: Phase) -> None:
         """To the phase's worker with the fewest requests, or into the queue while there is none."""
         workers = self._pool.of(phase)
         if not workers:
@@ -315,10 +283,17 @@ class Replay:
         tally = self.tallies[worker.setup.name]
         tally.routed += 1
         tally.sent.append((served.prompt_tokens, served.arrival_s))
-        prompt = self._prompt(served)
+        prompt = served.prompt(self._seed, self._pool.settings.model.vocabulary)
         worker.send(m.Add(served.id, prompt, output_tokens, kv_params, served.arrival_s, first_token_s))
 
-    def _again(self, served: _Served) -> None:
+    def _send_late(self, served: Served, phase: Phase) -> None:
+        """To a phase that has a worker again; KV that nobody fetched has been freed after its lease."""
+        if phase == "decode" and self._now_s() - served.token_s[0] > self._pool.settings.kv_lease_s:
+            self._again(served)
+        else:
+            self._send(served, phase)
+
+    def _again(self, served: Served) -> None:
         """Serve a request from the start, if it may have another attempt."""
         self._active.pop(served.id, None)
         if served.attempt == self._pool.settings.retries:
@@ -351,7 +326,7 @@ class Replay:
                 worker.send(m.Go(self.origin_s))
                 waiting = self._queues[worker.setup.phase]
                 for _ in range(len(waiting)):
-                    self._send(waiting.popleft(), worker.setup.phase)
+                    self._send_late(waiting.popleft(), worker.setup.phase)
             case Died():
                 self._mourn(worker, message.why)
 
@@ -382,7 +357,7 @@ class Replay:
             tpot_slo_s = self._context.scenario.slo.tpot_s
             tally.late += now_s - served.token_s[0] > tpot_slo_s * (served.output_tokens - 1)
 
-    def _prefilled(self, served: _Served, output: Output, now_s: float) -> None:
+    def _prefilled(self, served: Served, output: Output, now_s: float) -> None:
         if not output.finished:
             return
         served.token_s, served.first_token = [now_s], output.tokens[0]
@@ -476,27 +451,4 @@ class Replay:
 
     def ledger(self) -> RequestLedger:
         """The requests so far; a failed one counts as rejected."""
-        numbers = {worker.setup.name: number for number, worker in enumerate(self._pool.workers)}
-        rows = self._served
-        ended = [served.state == "finished" for served in rows]
-
-        def times(value: Callable[[_Served], float]) -> FloatArray:
-            return np.array([value(served) for served in rows], dtype=np.float64)
-
-        nan = float("nan")
-        return RequestLedger(
-            arrival_s=times(lambda served: served.arrival_s),
-            prefill_start_s=times(lambda served: served.prefill_sent_s),
-            first_token_s=times(lambda served: served.token_s[0] if served.token_s else nan),
-            delivered_s=np.full(len(rows), nan),
-            finish_s=times(lambda served: served.token_s[-1] if served.state == "finished" else nan),
-            prompt_tokens=np.array([served.prompt_tokens for served in rows], dtype=np.int64),
-            output_tokens=np.array([served.output_tokens for served in rows], dtype=np.int64),
-            prefill_instance=np.array([numbers.get(served.prefilled_by, -1) for served in rows], dtype=np.int64),
-            decode_instance=np.array(
-                [numbers[served.worker] if served.stage == "decode" else -1 for served in rows], dtype=np.int64
-            ),
-            preemptions=np.zeros(len(rows), np.int64),
-            finished=np.array(ended, dtype=np.bool_),
-            rejected=np.array([served.state in ("rejected", "failed") for served in rows], dtype=np.bool_),
-        )
+        return ledger_of(self._served, [worker.setup.name for worker in self._pool.workers])

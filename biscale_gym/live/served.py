@@ -62,7 +62,7 @@ class Served:
 
 
 def ledger_of(rows: Sequence[Served], names: Sequence[str]) -> RequestLedger:
-    """The requests as metrics want them.
+    """The requests as metrics want them; a failed one counts as rejected.
 
     Args:
         rows: in order of arrival.
@@ -89,5 +89,5 @@ def ledger_of(rows: Sequence[Served], names: Sequence[str]) -> RequestLedger:
         ),
         preemptions=np.zeros(len(rows), np.int64),
         finished=np.array(ended, dtype=np.bool_),
-        rejected=np.array([served.state == "rejected" for served in rows], dtype=np.bool_),
+        rejected=np.array([served.state in ("rejected", "failed") for served in rows], dtype=np.bool_),
     )

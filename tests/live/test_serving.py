@@ -124,7 +124,7 @@ def test_a_full_disk_ends_records_and_not_the_serving(play: Play, tmp_path: Path
     (folder / "decode-0.csv").symlink_to("/dev/full")
     outcome = play()
     everything_finished(outcome)
-    assert outcome.records_dropped > 100
+    assert outcome.records_dropped > 10
     assert len(read_records(folder / "prefill-0.csv")) > 0
 
 
