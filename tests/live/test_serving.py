@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -215,6 +216,29 @@ def test_decode_killed_before_its_pull(play: Play, pool: Pool) -> None:
     assert "decode-0 ended with status -9" in outcome.replaced
     assert pinned[0] > 0  # nobody fetches this prompt's KV any more ...
     wait_until(lambda: settled(pool, "prefill"), LEASE_S + 60.0)  # ... and its lease ends
+
+
+def test_kv_that_nobody_fetched_in_time_is_computed_again(play: Play, pool: Pool) -> None:
+    """The next decode worker comes later than the leases of the prompts that wait for it end."""
+    began_s = time.monotonic()
+
+    def long_gone(worker: WorkerProcess) -> None:
+        kill(worker)
+        restart = worker.restart
+
+        def late() -> None:
+            restart()
+            os.kill(worker.pid, signal.SIGSTOP)
+            threading.Timer(LEASE_S + 4.0, os.kill, (worker.pid, signal.SIGCONT)).start()
+
+        worker.restart = late  # type: ignore[method-assign]
+
+    outcome = play(watcher=when("decode", 2, long_gone))
+    del pool.workers[1].restart  # type: ignore[misc]
+    assert time.monotonic() - began_s > LEASE_S + 4.0
+    everything_finished(outcome)
+    assert outcome.retried > 2  # those that had begun there, and those that waited
+    assert len(outcome.replaced) == 1
 
 
 def test_decode_killed_in_the_midst_of_a_transfer(play: Play, pool: Pool) -> None:
