@@ -29,10 +29,10 @@ from biscale_gym.config import ConfigError, Settings, read_yaml, validate
 from biscale_gym.control.controllers import PlanContext, make_controller, parsed_variant
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.live import messages as m
-from biscale_gym.live.devices import Device, Mode
+from biscale_gym.live.devices import NOTHING, Device, Mode
 from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.errors import DevicePermissionError, LiveError
-from biscale_gym.live.governor import NOTHING, Governor, InstanceSetting, Load, WaitingPrompt
+from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
 from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.records import RecordStream
 from biscale_gym.live.session import prepared
@@ -425,7 +425,7 @@ class ServerGovernor:
                             continue
                         self._swap(run)
                         serving = True
-                        connection.send(m.Begun())
+                        connection.send(m.Begun(self._device.source))
                     case m.Go():
                         with self._lock:
                             self._run.go(message.origin_s)

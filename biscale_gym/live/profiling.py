@@ -342,8 +342,7 @@ class Sweep:
     def _records(self, worker: WorkerProcess, point: Point) -> npt.NDArray[np.void]:
         """The worker's records of a run that holds the point's clock."""
         path = self._folder / f"{worker.setup.name}.csv"
-        scenario = self._context.scenario.model_copy(update={"top_clock_mhz": point.clock_mhz})
-        worker.send(m.Run(HOLDING, replace(self._context, scenario=scenario), path))
+        worker.send(m.Run(None, self._context, path, point.clock_mhz))
         self._listen(lambda message: isinstance(message, m.Begun))
         worker.send(m.Go(time.monotonic()))
         if point.phase == "decode":
