@@ -21,6 +21,7 @@ from biscale_gym.envs import cluster_layout, layout
 from biscale_gym.envs.layout import Entry
 from biscale_gym.envs.placement_layout import placement_entries
 from biscale_gym.envs.settings import ClusterEnvSettings, InstanceEnvSettings, PlacementEnvSettings
+from biscale_gym.live.settings import LiveEnvSettings
 from biscale_gym.planning.classes import fitting_degrees
 from biscale_gym.profiles import load_profile
 
@@ -171,6 +172,7 @@ def tables() -> dict[str, dict[str, str]]:
             "actions": slot_actions(),
             "settings": setting_rows(ClusterEnvSettings),
         },
+        "live": {"settings": setting_rows(LiveEnvSettings)},
         "placement": {
             "entries": placement_observation(),
             "actions": class_actions(),

@@ -353,6 +353,15 @@ def begin_cluster(handle: Any, lane: Any, params: Any, obs: Any, terms: Any) -> 
     _tell(st, lane[0], params, False, obs, terms)
 
 
+@compiled_as(types.void(HANDLE_TYPE, _LANES, _PARAMS, types.boolean, types.float32[::1], types.float64[::1]))
+def tell_cluster(handle: Any, lane: Any, params: Any, over: bool, obs: Any, terms: Any) -> None:
+    """Write the observation and the terms of the time since the last ones; ``over``: the episode ends here.
+
+    For who advances the state by other means. Args: as of ``step_cluster``.
+    """
+    _tell(state_at(handle), lane[0], params, over, obs, terms)
+
+
 @compiled_as(types.void(HANDLE_TYPE, _LANES, _PARAMS, types.float32[::1]))
 def turn_cluster(handle: Any, lane: Any, params: Any, obs: Any) -> None:
     """After a change of placement: fill the slots anew and write the observation. No time passes."""

@@ -185,8 +185,18 @@ class Setting(ABC):
 
     def metrics(self, simulator: Simulator, episode: Episode, start: InstanceLedger) -> dict[str, float]:
         """The episode's figures, as ``biscale_gym.metrics.measure`` reads them off the ledger."""
-        requests = decided(simulator.requests(), self.scenario.slo, simulator.now_s)
-        counted = Counted(episode.warmup_s, episode.end_s, simulator.instances().since(start))
+        return self.figures(simulator.requests(), simulator.instances().since(start), episode)
+
+    def figures(self, ledger: RequestLedger, energy: InstanceLedger, episode: Episode) -> dict[str, float]:
+        """The figures of an episode.
+
+        Args:
+            ledger: of the episode's requests.
+            energy: of the instances, from the end of the warm-up to the episode's end, its ``now_s``.
+            episode: which one.
+        """
+        requests = decided(ledger, self.scenario.slo, energy.now_s)
+        counted = Counted(episode.warmup_s, episode.end_s, energy)
         overhead_s = self.scenario.cluster.serving_overhead_ms * 1e-3
         measured = measure(requests, counted, self.scenario.slo, self.scenario.tpot_definition, overhead_s)
         own = {name: float(value) for name, value in measured.row.items() if not name.startswith(self.left_out)}

@@ -46,6 +46,9 @@ class Work:
         return self.batch == 0.0 and self.prefill_tokens == 0.0
 
 
+NOTHING = Work()
+
+
 @dataclass(frozen=True, slots=True)
 class Spent:
     """What one iteration took.
@@ -135,8 +138,8 @@ class Device(Protocol):
         """Nothing runs, and the caller is alive."""
         ...
 
-    def reading(self) -> Reading:
-        """The last telemetry."""
+    def reading(self, work: Work = NOTHING) -> Reading:
+        """The last telemetry; of an emulated card, while ``work`` runs on it."""
         ...
 
     def close(self) -> None:

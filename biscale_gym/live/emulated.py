@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from biscale_gym.live.devices import Mode, Reading, Source, Spent, Work, check_clock
+from biscale_gym.live.devices import NOTHING, Mode, Reading, Source, Spent, Work, check_clock
 from biscale_gym.profiles import Profile, SwitchingSettings
 from biscale_gym.profiles.kernels import idle_power_w, iteration_cost
 
@@ -128,11 +128,11 @@ class EmulatedDevice:
         """Nothing runs."""
         self._book_idle(self._now_s())
 
-    def reading(self) -> Reading:
-        """Clock, power at the moment (idle: this is called between iterations), energy so far."""
+    def reading(self, work: Work = NOTHING) -> Reading:
+        """Clock, power while ``work`` runs (this is called between iterations), energy so far."""
         now_s = self._now_s()
         self._book_idle(now_s)
-        return Reading(now_s, self.clocks_mhz[self._clock], self._cost(Work(), self._clock)[1], self._energy_j)
+        return Reading(now_s, self.clocks_mhz[self._clock], self._cost(work, self._clock)[1], self._energy_j)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -18,13 +18,12 @@ from biscale_gym.cluster import features as f
 from biscale_gym.cluster.placement import Phase
 from biscale_gym.cluster.policy import MEMORY_SIZE
 from biscale_gym.cluster.simulator import PhasePolicy
-from biscale_gym.live.devices import Device, Spent, Work
+from biscale_gym.live.devices import NOTHING, Device, Spent, Work, check_clock
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.records import IterationRecord, RecordStream
 from biscale_gym.profiles import Profile
 from biscale_gym.profiles.kernels import iteration_latency
 
-NOTHING = Work()
 Vector = npt.NDArray[np.float64]
 
 _SLACK_RANKS = (
@@ -63,6 +62,7 @@ class Load:
         waiting: the prompts behind the batch, in order, a chunked one first (prefill).
         slack_s: of every request in the batch (decode, for policies that ask for it).
         routed, completed, late: counts of the worker's requests so far.
+        requests: in the batch.
     """
 
     work: Work = NOTHING
@@ -75,6 +75,7 @@ class Load:
     routed: int = 0
     completed: int = 0
     late: int = 0
+    requests: int = 0
 
 
 def project_batches(waiting: Sequence[WaitingPrompt], budget: int, chunked: bool, limit: int) -> list[Vector]:
@@ -116,7 +117,7 @@ class InstanceSetting:
     Attributes:
         phase: prefill or decode.
         tp: GPUs.
-        clock_mhz: planned clock, held where there is no policy.
+        clock_mhz: held at first where there is no policy.
         slo_s: prefill: of TTFT, less the serving overhead; decode: of TPOT.
         kv_capacity_tokens: of the worker.
         token_budget: of a prefill batch.
@@ -140,7 +141,7 @@ class Governor:
 
     Args:
         setting: of the worker.
-        policy: the phase's policy; None holds the planned clock.
+        policy: the phase's policy; None holds the planned clock, or the one that ``hold`` names later.
         device: the worker's GPUs.
         profile: what the policy believes iterations cost.
         clocks_mhz: the run's ascending clock list; every entry must be one of the device's.
@@ -181,15 +182,38 @@ class Governor:
         self._params = np.ascontiguousarray(self.policy.params if self.policy else np.zeros(1), dtype=np.float64)
         self._load = Load()
         self._idle = False
+        self._held_mhz = setting.clock_mhz
         self._before_s = self._predicted_s = 0.0
         self.stale_decisions = 0
         self._latency_s(Work(batch=1.0, kv_tokens=1.0), 0)  # compiled before the first batch
         self._latency_s(Work(prefill_tokens=1.0, sum_len_sq=1.0), 0)
         self.device.ask_clock(setting.clock_mhz)
 
+    @property
+    def work(self) -> Work:
+        """The batch that runs, or ran last."""
+        return self._load.work
+
     def now_s(self) -> float:
         """From the start of the run."""
         return time.monotonic() - self.origin_s
+
+    def hold(self, clock_mhz: int) -> None:
+        """Without a policy: hold another clock from now on.
+
+        Raises:
+            LiveError: a policy decides here.
+            DeviceError: no such clock; the nearest is named.
+        """
+        if self.policy is not None:
+            raise LiveError(f"the {self.setting.phase} policy decides this instance's clock; hold() cannot")
+        check_clock(clock_mhz, self.device.clocks_mhz)
+        self._held_mhz = clock_mhz
+        if not self._stale():  # else the top clock stays
+            self.device.ask_clock(clock_mhz)
+
+    def _stale(self) -> bool:
+        return time.monotonic() - self.device.reading().time_s > self.stale_s
 
     def before(self, load: Load) -> None:
         """A batch is about to start: decide and ask for its clock.
@@ -260,13 +284,12 @@ class Governor:
         return index
 
     def _decide(self, load: Load, reason: int) -> None:
-        reading = self.device.reading()
-        if time.monotonic() - reading.time_s > self.stale_s:
+        if self._stale():
             self.stale_decisions += 1
             self.device.ask_clock(self.clocks_mhz[-1])
             return
         if self.policy is None:
-            self.device.ask_clock(self.setting.clock_mhz)  # a clock that was lost is set anew
+            self.device.ask_clock(self._held_mhz)  # a clock that was lost is set anew
             return
         self._observe(load, reason)
         answer = self.policy.function(self._obs, self._memory, self._params, self._model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biscale_gym.cluster.placement import Phase
-from biscale_gym.control.controllers import PlanContext
+from biscale_gym.control.controllers import Controller, PlanContext, make_controller, parsed_variant
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.vllm_engine import Output
 
@@ -26,6 +26,7 @@ class Setup:
         settings: of workers.
         port: of its side channel.
         token_budget, max_sequences: of a batch.
+        block: shared memory for its status.
     """
 
     name: str
@@ -36,6 +37,32 @@ class Setup:
     port: int
     token_budget: int
     max_sequences: int
+    block: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A controller: installed name or ``module:Class``, and its keyword settings."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parsed(cls, text: str) -> Variant:
+        """Of a command line: ``NAME`` or ``NAME[KEY=VALUE,...]``.
+
+        Raises:
+            ControllerError: it is of another form.
+        """
+        return cls(*parsed_variant(text))
+
+    def make(self) -> Controller:
+        """The controller.
+
+        Raises:
+            ControllerError: no such controller, or it does not take these settings.
+        """
+        return make_controller(self.name, self.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +70,25 @@ class Run:
     """To a worker: get ready for a run.
 
     Attributes:
-        controller: whose clock policies to apply.
+        controller: whose clock policy to apply; None: the clock is held, until ``Clock`` names another.
         context: what the controller knows.
         records: file for the iterations.
+        clock_mhz: held where the controller has no policy.
+        watched: whether the worker shows its status (``live.status``).
     """
 
-    controller: str
+    controller: Variant | None
     context: PlanContext
     records: Path
+    clock_mhz: int
+    watched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """To a worker: hold this clock from now on."""
+
+    clock_mhz: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +144,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """From a worker: its clock policy is compiled, its device open."""
+    """From a worker: its clock policy is compiled, its device open.
+
+    Attributes:
+        source: whether the device's numbers are measured or modelled.
+    """
+
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from biscale_gym.live import nvml
 from biscale_gym.live.counter import EnergyCounter
 from biscale_gym.live.devices import (
     COUNTER_BACK,
+    NOTHING,
     OVERRIDDEN,
     WATCHDOG_DIED,
     Mode,
@@ -159,8 +160,8 @@ class NvmlDevice:
         """Nothing runs, and the caller is alive."""
         self._beat()
 
-    def reading(self) -> Reading:
-        """The last telemetry."""
+    def reading(self, work: Work = NOTHING) -> Reading:
+        """The last telemetry; measured, whatever runs."""
         return self._reading
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from biscale_gym.live import messages as m
 from biscale_gym.live import vllm_engine, worker
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.status import BLOCK_BYTES, Status, clear_status, read_status
 
 STOP_LIMIT_S = 10.0
 
@@ -57,21 +58,29 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _forkserver() -> Any:
+    return multiprocessing.get_context("forkserver")
+
+
 class WorkerProcess:
     """One worker; after its death a new process takes its place on ``restart``.
 
     Attributes:
-        setup: what it is.
+        setup: what it is, with a block of memory for its status.
         up: whether its engine is ready.
         serving: whether it takes requests.
         kv_used_tokens: as it said last.
         kv_capacity_tokens: of its engine, once it is up.
-        restarts: how often it was replaced.
+        source: whether its device's numbers are measured or modelled, once it serves.
+        restarts: how often it was replaced in this run.
     """
 
     def __init__(self, setup: m.Setup) -> None:
-        self.setup = setup
+        block = _forkserver().RawArray("B", BLOCK_BYTES)
+        self.setup = replace(setup, block=block)
+        self._status = Status()
         self.kv_used_tokens = self.kv_capacity_tokens = 0
+        self.source = ""
         self.restarts = -1
         self.restart()
 
@@ -81,7 +90,9 @@ class WorkerProcess:
         self.up = self.serving = False
         self._setting_up = True
         self.setup = replace(self.setup, port=free_port())
-        context: Any = multiprocessing.get_context("forkserver")
+        clear_status(self.setup.block)
+        self._status = Status()
+        context = _forkserver()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=worker.main, args=(self.setup, theirs), daemon=True)
         with _environment(vllm_engine.ENVIRONMENT):
@@ -96,6 +107,14 @@ class WorkerProcess:
     def pid(self) -> int:
         """Of its process."""
         return int(self._process.pid)
+
+    @property
+    def status(self) -> Status:
+        """What it last showed in a watched run."""
+        found = read_status(self.setup.block)
+        if found is not None:
+            self._status = found
+        return self._status
 
     @property
     def connection(self) -> Connection:
@@ -120,6 +139,7 @@ class WorkerProcess:
                         self.kv_capacity_tokens = message.kv_capacity_tokens
                     case m.Begun():
                         self.serving, self._setting_up = True, False
+                        self.source = message.source
                     case m.Alive():
                         self.kv_used_tokens = message.kv_used_tokens
                     case m.Broken():
@@ -147,7 +167,11 @@ class WorkerProcess:
 
     def await_end(self) -> None:
         """It was told to stop; kill it if it does not, or is still starting."""
-        self._process.join(STOP_LIMIT_S if self.up else 0.0)
+        limit_s = time.monotonic() + (STOP_LIMIT_S if self.up else 0.0)
+        with contextlib.suppress(EOFError, OSError):
+            while time.monotonic() < limit_s and self._process.is_alive():
+                if self._connection.poll(0.05):
+                    self._connection.recv()  # what nobody has heard may fill its pipe, and it would never end
         self.kill()
 
 
@@ -174,7 +198,7 @@ class Pool:
         self.settings = settings
         self._scenario = scenario
         model = vllm_engine.write_model(folder / "model", settings.model, settings.max_model_len)
-        multiprocessing.get_context("forkserver").set_forkserver_preload([*vllm_engine.PRELOAD, worker.__name__])
+        _forkserver().set_forkserver_preload([*vllm_engine.PRELOAD, worker.__name__])
         self.workers: list[WorkerProcess] = []
         counts: dict[Phase, int] = {"prefill": 0, "decode": 0}
         for group in scenario.placement:
@@ -198,6 +222,7 @@ class Pool:
             0,
             batching.prefill_token_budget,
             batching.max_decode_sequences,
+            None,
         )
 
     def _await_all(self) -> None:

@@ -11,9 +11,10 @@ request's arrival.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from biscale_gym.live import messages as m
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources
 from biscale_gym.live.records import read_records
+from biscale_gym.live.status import Status
 from biscale_gym.live.vllm_engine import FIRST_TOKEN_ID, PREFILL_PARAMS, Output
 from biscale_gym.traces import Trace
 
@@ -106,6 +108,44 @@ class Outcome:
     control_s: FloatArray
     records_dropped: int
 
+    def figures(self) -> dict[str, float]:
+        """What of it is no figure of ``metrics.measure``, units in the names; of nothing, nothing."""
+        found: dict[str, float] = {
+            "requests_failed": self.states["failed"],
+            "requests_unfinished": self.states["unfinished"],
+            "requests_retried": self.retried,
+            "workers_replaced": len(self.replaced),
+            "prompt_tokens_transferred": self.prompt_tokens_by_source.get("external_kv_transfer", 0),
+            "prompt_tokens_decoded": self.prompt_tokens,
+        }
+        for name, values_s, percents in (
+            ("itl", self.itl_s, (50, 90, 99)),
+            ("client_lag", self.lag_s[np.isfinite(self.lag_s)], (50, 99)),
+            ("control", self.control_s, (50, 99)),
+        ):
+            if values_s.size:
+                found |= {f"{name}_p{percent}_s": float(np.percentile(values_s, percent)) for percent in percents}
+        return found
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the client counts of one worker.
+
+    Attributes:
+        routed: requests sent there.
+        completed: of them, whose phase was completed; an attempt that a worker's death undid later still counts.
+        late: of those, whose phase broke its SLO.
+        sent: (prompt tokens, arrival) of those sent to its present process.
+        lost: what its former processes had shown last.
+    """
+
+    routed: int = 0
+    completed: int = 0
+    late: int = 0
+    sent: list[tuple[int, float]] = field(default_factory=list)
+    lost: list[Status] = field(default_factory=list)
+
 
 class Replay:
     """One run in progress.
@@ -113,25 +153,57 @@ class Replay:
     Args:
         pool: the workers, all up.
         trace: arrival times are kept, whatever the workers do.
-        controller: name or ``module:Class``.
+        controller: ``NAME`` or ``NAME[KEY=VALUE,...]``, installed or ``module:Class``; None: every clock is held.
         context: what it knows; its scenario says how long the run may drain.
         folder: for records, one file per worker.
         seed: of the prompts' token ids.
         watcher: see ``Watcher``.
+        governed: the controller's phases; the other phases' clocks are held, until ``hold`` names others.
+        duration_s: how long the run lasts at least; None: the scenario's duration.
+        held_mhz: by worker, the clock that is held at first; elsewhere the scenario's top clock.
+        watched: whether workers show their status.
+
+    Attributes:
+        lock: of what other threads read while ``run`` runs in one of its own: counts and times of requests.
+        started: set when the run's time is known: ``origin_s``, on ``time.monotonic``'s scale.
+        tallies: by worker.
+
+    Raises:
+        ControllerError: no such controller.
     """
 
     def __init__(
         self,
         pool: Pool,
         trace: Trace,
-        controller: str,
+        controller: str | None,
         context: PlanContext,
         folder: Path,
         seed: int = 0,
         watcher: Watcher | None = None,
+        *,
+        governed: Sequence[Phase] = PHASES,
+        duration_s: float | None = None,
+        held_mhz: Mapping[str, int] | None = None,
+        watched: bool = False,
     ) -> None:
         self._pool, self._context, self._folder, self._seed = pool, context, folder, seed
         self._controller, self._watcher = controller, watcher
+        self._variant = None if controller is None else m.Variant.parsed(controller)
+        if self._variant is not None:
+            self._variant.make()  # refused here, if at all
+        self._governed, self._watched = governed, watched
+        self._held_mhz = {each.setup.name: context.scenario.top_clock_mhz for each in pool.workers} | dict(
+            held_mhz or {}
+        )
+        scenario = context.scenario
+        self._duration_s = scenario.duration_s if duration_s is None else duration_s
+        self._ttft_slo_s = scenario.slo.ttft_s - 1e-3 * scenario.cluster.serving_overhead_ms
+        self.lock = threading.Lock()
+        self.started = threading.Event()
+        self.origin_s = 0.0
+        self.tallies = {each.setup.name: Tally() for each in pool.workers}
+        self._stopping = False
         columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
         self._served = [_Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
         self._active: dict[str, _Served] = {}
@@ -141,10 +213,19 @@ class Replay:
         self._lost_j = 0.0
         self._retried = 0
         self._replaced: list[str] = []
-        self._origin_s = 0.0
 
     def _now_s(self) -> float:
-        return time.monotonic() - self._origin_s
+        return time.monotonic() - self.origin_s
+
+    def stop(self) -> None:
+        """Let ``run`` end soon, from another thread; what is in flight is given up."""
+        self._stopping = True
+
+    def hold(self, worker: WorkerProcess, clock_mhz: int) -> None:
+        """Let a worker whose phase nobody governs hold a clock, before its next batch; returns at once."""
+        self._held_mhz[worker.setup.name] = clock_mhz
+        if worker.serving:  # else it begins with this clock
+            worker.send(m.Clock(clock_mhz))
 
     def run(self) -> Outcome:
         """Serve the trace.
@@ -154,34 +235,48 @@ class Replay:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         for worker in self._pool.workers:
+            worker.restarts = 0
             if worker.up:
                 self._begin(worker)
-        while not all(worker.serving for worker in self._pool.workers):
+        while not all(worker.serving for worker in self._pool.workers) and not self._stopping:
             self._listen(TURN_S)
-        self._origin_s = time.monotonic() + LEAD_S
+        self.origin_s = time.monotonic() + LEAD_S
         for worker in self._pool.workers:
-            worker.send(m.Go(self._origin_s))
-        scenario = self._context.scenario
-        limit_s = scenario.duration_s + scenario.drain_limit_s
+            worker.send(m.Go(self.origin_s))
+        self.started.set()
+        limit_s = self._duration_s + self._context.scenario.drain_limit_s
         coming = deque(self._served)
-        while coming or self._active or any(self._queues.values()):
+        while (coming or self._active or any(self._queues.values())) and not self._stopping:
             now_s = self._now_s()
             if now_s > limit_s:
                 break
             while coming and coming[0].arrival_s <= now_s:
-                self._arrive(coming.popleft())
+                with self.lock:
+                    self._arrive(coming.popleft())
             until_s = coming[0].arrival_s - self._now_s() if coming else TURN_S
             self._listen(min(TURN_S, max(0.0, until_s)))
-        end_s = max(scenario.duration_s, self._now_s())
-        while self._now_s() < end_s:
+        end_s = max(self._duration_s, self._now_s())
+        while self._now_s() < end_s and not self._stopping:
             self._listen(min(TURN_S, max(0.0, end_s - self._now_s())))
+        self._give_up()
         return self._outcome(self._reports(), end_s)
+
+    def _give_up(self) -> None:
+        """Let the workers forget what is still in flight, so that the next run finds them empty."""
+        for served in self._active.values():
+            self._worker(served.worker).send(m.Abort(served.id))
+
+    def _worker(self, name: str) -> WorkerProcess:
+        return next(each for each in self._pool.workers if each.setup.name == name)
 
     def _begin(self, worker: WorkerProcess) -> None:
         path = self._folder / f"{worker.setup.name}{f'.{worker.restarts}' if worker.restarts else ''}.csv"
         self._records.append(path)
         self._energy_j[worker.setup.name] = 0.0
-        worker.send(m.Run(self._controller, self._context, path))
+        name, governed = worker.setup.name, worker.setup.phase in self._governed
+        variant = self._variant if governed else None
+        self.tallies[name].sent = []
+        worker.send(m.Run(variant, self._context, path, self._held_mhz[name], self._watched))
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -217,6 +312,9 @@ class Replay:
             kv_params, output_tokens = (PREFILL_PARAMS if served.output_tokens > 1 else None), 1
         else:
             first_token_s = served.token_s[0]
+        tally = self.tallies[worker.setup.name]
+        tally.routed += 1
+        tally.sent.append((served.prompt_tokens, served.arrival_s))
         prompt = self._prompt(served)
         worker.send(m.Add(served.id, prompt, output_tokens, kv_params, served.arrival_s, first_token_s))
 
@@ -235,22 +333,27 @@ class Replay:
 
     def _listen(self, timeout_s: float) -> None:
         for worker, message in self._pool.messages(timeout_s):
-            match message:
-                case m.Tokens():
-                    for output in message.outputs:
-                        self._take(output)
-                case m.Alive():
-                    self._energy_j[worker.setup.name] = message.energy_j
-                case m.Ready():
-                    self._begin(worker)
-                case m.Begun() if self._origin_s:
-                    worker.send(m.Go(self._origin_s))
-                    waiting = self._queues[worker.setup.phase]
-                    for _ in range(len(waiting)):
-                        self._send(waiting.popleft(), worker.setup.phase)
-                case Died():
-                    self._mourn(worker, message.why)
-                    return  # the other workers are heard again in the next turn
+            with self.lock:
+                self._hear(worker, message)
+            if isinstance(message, Died):
+                return  # the other workers are heard again in the next turn
+
+    def _hear(self, worker: WorkerProcess, message: object) -> None:
+        match message:
+            case m.Tokens():
+                for output in message.outputs:
+                    self._take(output)
+            case m.Alive():
+                self._energy_j[worker.setup.name] = message.energy_j
+            case m.Ready():
+                self._begin(worker)
+            case m.Begun() if self.origin_s:
+                worker.send(m.Go(self.origin_s))
+                waiting = self._queues[worker.setup.phase]
+                for _ in range(len(waiting)):
+                    self._send(waiting.popleft(), worker.setup.phase)
+            case Died():
+                self._mourn(worker, message.why)
 
     def _take(self, output: Output) -> None:
         served = self._active.get(output.request)
@@ -274,12 +377,19 @@ class Replay:
             if served.made != served.output_tokens:
                 raise LiveError(f"request {served.number} has {served.made} tokens in place of {served.output_tokens}")
             served.state = "finished"
+            tally = self.tallies[served.worker]
+            tally.completed += 1
+            tpot_slo_s = self._context.scenario.slo.tpot_s
+            tally.late += now_s - served.token_s[0] > tpot_slo_s * (served.output_tokens - 1)
 
     def _prefilled(self, served: _Served, output: Output, now_s: float) -> None:
         if not output.finished:
             return
         served.token_s, served.first_token = [now_s], output.tokens[0]
         served.kv_params = output.kv_params
+        tally = self.tallies[served.worker]
+        tally.completed += 1
+        tally.late += now_s - served.arrival_s > self._ttft_slo_s
         del self._active[served.id]
         if served.output_tokens == 1:
             served.state = "finished"
@@ -290,6 +400,7 @@ class Replay:
         name = dead.setup.name
         self._replaced.append(why)
         self._lost_j += self._energy_j.pop(name, 0.0)
+        self.tallies[name].lost.append(dead.status)
         self._pool.replace(dead, why)
         waiting = self._queues["decode"]
         for served in [each for each in waiting if each.prefilled_by == name]:
@@ -300,7 +411,7 @@ class Replay:
                 self._again(served)
             elif served.stage == "decode" and served.prefilled_by == name and served.made == 0:
                 # Its KV may have gone down with the prefill worker.
-                next(each for each in self._pool.workers if each.setup.name == served.worker).send(m.Abort(served.id))
+                self._worker(served.worker).send(m.Abort(served.id))
                 self._again(served)
 
     def _reports(self) -> list[tuple[WorkerProcess, m.Report]]:
@@ -337,8 +448,8 @@ class Replay:
         decode_reports = [report for worker, report in reports if worker.setup.phase == "decode"]
         sources = {report.source for _, report in reports}
         return Outcome(
-            controller=self._controller,
-            requests=self._ledger(),
+            controller=self._controller or "held",
+            requests=self.ledger(),
             itl_s=np.concatenate(gaps) if gaps else np.zeros(0),
             lag_s=np.array([served.sent_s - served.arrival_s for served in self._served]),
             states=states,
@@ -354,7 +465,17 @@ class Replay:
             records_dropped=sum(report.records_dropped for _, report in reports),
         )
 
-    def _ledger(self) -> RequestLedger:
+    def counts(self) -> dict[str, int]:
+        """Requests that have arrived, finished, and were rejected or have failed, so far."""
+        states = [served.state for served in self._served]
+        return {
+            "arrived": len(states) - states.count("expected"),
+            "finished": states.count("finished"),
+            "rejected": states.count("rejected") + states.count("failed"),
+        }
+
+    def ledger(self) -> RequestLedger:
+        """The requests so far; a failed one counts as rejected."""
         numbers = {worker.setup.name: number for number, worker in enumerate(self._pool.workers)}
         rows = self._served
         ended = [served.state == "finished" for served in rows]
@@ -377,5 +498,5 @@ class Replay:
             ),
             preemptions=np.zeros(len(rows), np.int64),
             finished=np.array(ended, dtype=np.bool_),
-            rejected=np.array([served.state == "rejected" for served in rows], dtype=np.bool_),
+            rejected=np.array([served.state in ("rejected", "failed") for served in rows], dtype=np.bool_),
         )

@@ -11,9 +11,10 @@ import numpy.typing as npt
 from rich.table import Table
 
 from biscale_gym.config import load_preset
-from biscale_gym.control.controllers import PlanContext, make_controller
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import requests_for
+from biscale_gym.live.messages import Variant
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.settings import LiveSettings
@@ -50,7 +51,7 @@ def serve(
 
     Args:
         scenario_name: its placement says which workers there are; a phase without a policy holds its top clock.
-        controllers: names or ``module:Class``.
+        controllers: ``NAME`` or ``NAME[KEY=VALUE,...]``, installed or ``module:Class``.
         preset: of live settings, or a file.
         trace_file: in place of the scenario's workload.
         seed: of the trace and of the prompts' token ids.
@@ -63,7 +64,7 @@ def serve(
     settings = load_preset(LiveSettings, "live", preset)
     trace, context = prepared(scenario, trace_file, seed)
     for name in controllers:
-        make_controller(name)
+        Variant.parsed(name).make()
     folder.mkdir(parents=True, exist_ok=True)
     with Pool(scenario, settings, folder) as pool:
         return [Replay(pool, trace, name, context, folder / name.replace(":", "."), seed).run() for name in controllers]
@@ -74,11 +75,24 @@ def _quantile_ms(values_s: FloatArray, percent: float) -> str:
     return "–" if quantile is None else f"{quantile:.1f}"
 
 
+def _quantiles_ms(values_s: FloatArray) -> str:
+    return ", ".join(_quantile_ms(values_s, percent) for percent in (50, 90, 99))
+
+
 def table(outcomes: Sequence[Outcome]) -> Table:
     """The runs side by side."""
     made = Table(title="live workers")
-    columns = ("controller", "finished", "retried", "TTFT p50, p99 ms", "TPOT p50, p99 ms", "ITL p99 ms", "energy J")
-    for column in (*columns, "KV fetched", "client lag p99 ms", "control ms"):
+    latencies = [f"{name} p50, p90, p99 ms" for name in ("TTFT", "TPOT", "ITL")]
+    for column in (
+        "controller",
+        "finished",
+        "retried",
+        *latencies,
+        "energy J",
+        "KV fetched",
+        "lag p99 ms",
+        "control ms",
+    ):
         made.add_column(column)
     for outcome in outcomes:
         ttft, tpot = ttft_s(outcome.requests), tpot_s(outcome.requests)
@@ -86,9 +100,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             outcome.controller,
             f"{outcome.states['finished']} of {sum(outcome.states.values())}",
             str(outcome.retried),
-            f"{_quantile_ms(ttft, 50)}, {_quantile_ms(ttft, 99)}",
-            f"{_quantile_ms(tpot, 50)}, {_quantile_ms(tpot, 99)}",
-            _quantile_ms(outcome.itl_s, 99),
+            *(_quantiles_ms(values_s) for values_s in (ttft, tpot, outcome.itl_s)),
             f"{outcome.energy_j:,.0f} {outcome.source}",
             f"{outcome.prompt_tokens_by_source.get('external_kv_transfer', 0)} of {outcome.prompt_tokens}",
             _quantile_ms(outcome.lag_s, 99),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.config import Settings
+from biscale_gym.envs.settings import ClusterEnvSettings
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -44,3 +46,29 @@ class LiveSettings(Settings):
     restarts: Annotated[int, Field(ge=0)]
     retries: Annotated[int, Field(ge=0)]
     stale_s: Positive
+
+
+class LiveEnvSettings(ClusterEnvSettings):
+    """Settings of ``BiScale/Live-v0``: those of ``BiScale/Cluster-v0``, and how it is served live.
+
+    Attributes:
+        workers: preset of configs/live, or a path.
+        governor: controller (``NAME`` or ``NAME[KEY=VALUE,...]``) whose clock policies run within the workers, before
+            every batch; None: all clocks are the agent's.
+        governed: the phases whose clocks are the governor's; the agent's choices for them are ignored.
+        out: folder of the records.
+        planner, randomisation: must stay None: workers stay where they are, and the hardware is what it is.
+    """
+
+    workers: str = "cpu"
+    governor: str | None = None
+    governed: tuple[Phase, ...] = PHASES
+    out: str = "results/live"
+
+    @model_validator(mode="after")
+    def _can_be_live(self) -> LiveEnvSettings:
+        if self.planner is not None:
+            raise ValueError(f"planner {self.planner!r}: live workers stay where the scenario's placement puts them")
+        if self.randomisation is not None:
+            raise ValueError(f"randomisation {self.randomisation!r}: the hardware is what it is")
+        return self

@@ -241,6 +241,9 @@ class Engine:
         )
         self._engine: Any = import_module("vllm.v1.engine.llm_engine").LLMEngine.from_engine_args(arguments)
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
+        # The scheduler knows requests by names of vLLM's own: ours, and something random after it.
+        self._internal_names: dict[str, str] = {}
+        self._own_names: dict[str, str] = {}
         self.block_tokens = int(self._scheduler.block_size)
         self.kv_capacity_tokens = settings.kv_blocks * self.block_tokens
 
@@ -256,12 +259,16 @@ class Engine:
         self._scheduler.before = starting
         self._scheduler.after = lambda: after(time.perf_counter() - began_s)
 
+    def unhook(self) -> None:
+        """Call nobody any more."""
+        self._scheduler.before = self._scheduler.after = None
+
     def _batch(self, scheduled: Any) -> Batch:
         tokens: dict[str, int] = {}
         batch, kv_tokens, prefill_tokens, sum_len_sq = 0, 0, 0, 0.0
         for request, count in scheduled.num_scheduled_tokens.items():
             end = int(self._scheduler.requests[request].num_computed_tokens)  # this batch's included
-            tokens[request] = count
+            tokens[self._own_names.get(request, request)] = count
             if count == 1 and end > 1:
                 batch += 1
                 kv_tokens += end
@@ -281,11 +288,16 @@ class Engine:
             output_kind=import_module("vllm.sampling_params").RequestOutputKind.DELTA,
             extra_args={"kv_transfer_params": kv_params} if kv_params else None,
         )
-        self._engine.add_request(request, {"prompt_token_ids": prompt}, parameters)
+        internal = self._engine.add_request(request, {"prompt_token_ids": prompt}, parameters)
+        self._internal_names[request], self._own_names[internal] = internal, request
 
     def abort(self, request: str) -> None:
         """Forget a request."""
         self._engine.abort_request([request])
+        self._forget(request)
+
+    def _forget(self, request: str) -> None:
+        self._own_names.pop(self._internal_names.pop(request, request), None)
 
     @property
     def busy(self) -> bool:
@@ -296,6 +308,8 @@ class Engine:
         """One iteration; yields what came of it."""
         for output in self._engine.step():
             (completion,) = output.outputs
+            if output.finished:
+                self._forget(output.request_id)
             reason = completion.finish_reason
             yield Output(
                 output.request_id,
@@ -307,7 +321,7 @@ class Engine:
 
     def computed_tokens(self, request: str) -> int:
         """Tokens of a queued or running request whose KV is there."""
-        known = self._scheduler.requests.get(request)
+        known = self._scheduler.requests.get(self._internal_names.get(request, request))
         return 0 if known is None else int(known.num_computed_tokens)
 
     @property

@@ -15,14 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
+from biscale_gym.cluster.placement import PHASES
 from biscale_gym.cluster.simulator import PhasePolicy
-from biscale_gym.control.controllers import make_controller
 from biscale_gym.live import messages as m
-from biscale_gym.live.devices import Device
+from biscale_gym.live.devices import NOTHING, Device
 from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
 from biscale_gym.live.records import RecordStream
 from biscale_gym.live.signals import ending_signals_raise
+from biscale_gym.live.status import StatusWriter
 from biscale_gym.live.vllm_engine import Batch, Engine, Output
 
 BEAT_S = 0.1
@@ -45,23 +46,33 @@ class _Request:
     made: int = 0
 
 
-class _Run:
-    """One run's part of a worker: device, governor, records, counts."""
+class WorkerRun:
+    """One run's part of a worker: device, governor, records, counts.
 
-    def __init__(self, setup: m.Setup, engine: Engine, run: m.Run) -> None:
+    Args:
+        setup: of the worker.
+        engine: hooked from now on.
+        run: what the parent asks for.
+        device: makes the worker's device.
+    """
+
+    def __init__(
+        self, setup: m.Setup, engine: Engine, run: m.Run, device: type[EmulatedDevice] = EmulatedDevice
+    ) -> None:
         self.setup, self.engine = setup, engine
         context = run.context
         cluster, slo = context.scenario.cluster, context.scenario.slo
         self.slo_s = slo.tpot_s if setup.phase == "decode" else slo.ttft_s - 1e-3 * cluster.serving_overhead_ms
-        prefill, decode = make_controller(run.controller).policies(context)
-        policy: PhasePolicy | None = prefill if setup.phase == "prefill" else decode
+        policy: PhasePolicy | None = None
+        if run.controller is not None:
+            policy = run.controller.make().policies(context)[PHASES.index(setup.phase)]
         profile = context.scenario.cluster.profile().for_phase(setup.phase)
-        self.device: Device = EmulatedDevice(profile, setup.tp, context.clocks_mhz, cluster.switching_settings())
+        self.device: Device = device(profile, setup.tp, context.clocks_mhz, cluster.switching_settings())
         self.records = RecordStream(run.records)
         instance = InstanceSetting(
             setup.phase,
             setup.tp,
-            context.scenario.top_clock_mhz,
+            run.clock_mhz,
             self.slo_s,
             engine.kv_capacity_tokens,
             setup.token_budget,
@@ -76,40 +87,71 @@ class _Run:
             self.records,
             setup.settings.stale_s,
         )
-        self.wants_slack = policy is not None and policy.slack
+        self.status = StatusWriter(setup.block) if run.watched else None
+        self.wants_slack = setup.phase == "decode" and (run.watched or (policy is not None and policy.slack))
         self.requests: dict[str, _Request] = {}  # in order of arrival here
         self.routed = self.completed = self.late = 0
         self.tokens_before = engine.prompt_tokens_by_source()
         self.began_j = 0.0
         self._empty = True
-        engine.hook(self._before, self._after)
+        self.hook()
 
     def go(self, origin_s: float) -> None:
+        """The run counts from ``origin_s`` on, on ``time.monotonic``'s scale."""
         self.governor.origin_s = origin_s
         self.began_j = self.device.reading().energy_j
+        if self.status is not None:
+            self.status.go(self.began_j)
+            self._show(Load())
+
+    def hold(self, clock_mhz: int) -> None:
+        """Hold a clock from now on."""
+        self.governor.hold(clock_mhz)
+
+    def _show(self, load: Load) -> None:
+        """Let the parent see the state at this boundary."""
+        if self.status is not None:
+            device = self.device
+            self.status.boundary(load, self.governor.now_s(), device.reading(load.work), device.target_mhz)
 
     @property
     def energy_j(self) -> float:
         """Of the device since ``go``."""
         return self.device.reading().energy_j - self.began_j
 
-    def add(self, add: m.Add) -> None:
+    def note(self, add: m.Add) -> None:
+        """Know of a request."""
         self.requests[add.request] = _Request(len(add.prompt), add.output_tokens, add.arrival_s, add.first_token_s)
         self.routed += 1
+
+    def add(self, add: m.Add) -> None:
+        """Queue a request."""
+        self.note(add)
         self.engine.add(add.request, add.prompt.tolist(), add.output_tokens, add.kv_params)
 
     def abort(self, request: str) -> None:
+        """Forget a request."""
         if self.requests.pop(request, None) is not None:
             self.engine.abort(request)
 
+    def hook(self) -> None:
+        """Let the engine ask for its clock before each batch, from now on."""
+        self.engine.hook(self._before, self._after)
+
     def _before(self, batch: Batch) -> None:
         self._empty = not batch.tokens
+        if self._empty and self.status is None:
+            return
+        load = self._load(batch)
         if not self._empty:
-            self.governor.before(self._load(batch))
+            self.governor.before(load)
+        self._show(load)
 
     def _after(self, computed_s: float) -> None:
         if not self._empty:
-            self.governor.after(computed_s)
+            spent = self.governor.after(computed_s)
+            if self.status is not None:
+                self.status.ended(self.governor.work, spent, self.device.reading())
 
     @property
     def computed(self) -> bool:
@@ -124,7 +166,7 @@ class _Run:
         for name, request in self.requests.items():
             if name in batch.tokens:
                 oldest_s = min(oldest_s, request.arrival_s)
-                if self.wants_slack and decode:
+                if self.wants_slack:
                     slack_s.append(request.first_token_s + self.slo_s * max(0, request.made - 1) - now_s)
             if decode:
                 if name not in batch.tokens:
@@ -146,10 +188,14 @@ class _Run:
             self.routed,
             self.completed,
             self.late,
+            len(batch.tokens),
         )
 
     def idle(self) -> None:
-        self.governor.idle(self._load(Batch(Load().work, {})))
+        """There is nothing to run."""
+        load = self._load(Batch(NOTHING, {}))
+        self.governor.idle(load)
+        self._show(load)
 
     def take(self, outputs: Iterable[Output]) -> m.Tokens | None:
         """Count what an iteration brought; a message if there is anything to tell."""
@@ -170,6 +216,7 @@ class _Run:
         return m.Tokens(now_s, told) if told else None
 
     def end(self) -> m.Report:
+        """Close device and records, and report."""
         energy_j, flags = self.energy_j, self.device.reading().flags
         self.device.close()
         self.records.close()
@@ -191,7 +238,7 @@ class _Run:
 def _serve(setup: m.Setup, connection: Connection) -> None:
     engine = Engine(setup.phase, setup.model, setup.settings, setup.token_budget, setup.max_sequences, setup.port)
     connection.send(m.Ready(engine.kv_capacity_tokens))
-    run: _Run | None = None
+    run: WorkerRun | None = None
     beat_s = 0.0
     try:
         while True:
@@ -205,8 +252,12 @@ def _serve(setup: m.Setup, connection: Connection) -> None:
                     case m.Abort() if run is not None:
                         run.abort(message.request)
                     case m.Run():
-                        run = _Run(setup, engine, message)
-                        connection.send(m.Begun())
+                        if run is not None:
+                            run.end()  # the parent gave it up before it had begun
+                        run = WorkerRun(setup, engine, message)
+                        connection.send(m.Begun(run.device.source))
+                    case m.Clock() if run is not None:
+                        run.hold(message.clock_mhz)
                     case m.Go() if run is not None:
                         run.go(message.origin_s)
                     case m.EndRun() if run is not None:

@@ -24,7 +24,7 @@ from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.live.devices import Reading, Work
 from biscale_gym.live.emulated import EmulatedDevice
-from biscale_gym.live.errors import LiveError
+from biscale_gym.live.errors import DeviceError, LiveError
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
 from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.records import RecordStream, read_records
@@ -225,6 +225,28 @@ def test_without_a_policy_the_planned_clock_is_held(profile: Profile) -> None:
     governor = Governor(InstanceSetting("decode", TP, 1410, 0.1, 100_000, 2048), None, device, profile, CLOCKS_MHZ)
     governor.before(LOADS["decode"])
     assert device.target_mhz == 1410
+
+
+def test_without_a_policy_another_clock_can_be_held(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = EmulatedDevice(profile, TP, CLOCKS_MHZ, INSTANT)
+    own = InstanceSetting("decode", TP, 1410, 0.1, 100_000, 2048)
+    governor = Governor(own, None, device, profile, CLOCKS_MHZ, stale_s=0.5)
+    governor.hold(930)
+    assert device.target_mhz == 930  # at once, and before every batch
+    device.ask_clock(1830)
+    governor.before(LOADS["decode"])
+    assert device.target_mhz == 930
+    with pytest.raises(DeviceError, match="no clock 900 MHz; the nearest is 930"):
+        governor.hold(900)
+    old = replace(device.reading(), time_s=time.monotonic() - 1.0)
+    monkeypatch.setattr(device, "reading", lambda: old)
+    governor.before(LOADS["decode"])
+    assert device.target_mhz == 1980
+    governor.hold(1410)  # telemetry is too old: the top clock stays
+    assert device.target_mhz == 1980
+    governed = Governor(own, PhasePolicy(lowest, np.array([0.0])), device, profile, CLOCKS_MHZ)
+    with pytest.raises(LiveError, match="the decode policy decides this instance's clock"):
+        governed.hold(930)
 
 
 def test_old_telemetry_means_the_top_clock(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,26 @@ def test_every_prompts_kv_is_transferred_and_lengths_are_exact(play: Play, pool:
     assert settled(pool, "prefill")
 
 
+def test_times_between_tokens_are_those_of_the_iterations(
+    pool: Pool, scenario: ScenarioSettings, tmp_path: Path
+) -> None:
+    """Each of a request's tokens reaches the client when its iteration has ended, and before the next one's does."""
+    context = prepared(scenario, None, 0)[1]
+    replay = Replay(pool, steady(1, output_tokens=40), "max-clock", context, tmp_path, 0)
+    outcome = replay.run()
+    (served,) = replay._served
+    rows = read_records(tmp_path / "decode-0.csv")
+    ended_s = rows["end_s"][rows["batch"] > 0]
+    assert len(ended_s) == 40  # the first makes the prefill worker's token once more
+    token_s = np.array(served.token_s)
+    np.testing.assert_array_equal(outcome.itl_s, np.diff(token_s))
+    late_s = token_s[1:] - ended_s[1:]
+    assert (late_s > 0.0).all()
+    assert np.median(late_s) < 0.1
+    assert (outcome.itl_s > 0.0).all()  # each has a time of its own
+    assert outcome.itl_s[1:].sum() == pytest.approx(ended_s[-1] - ended_s[1] + late_s[-1] - late_s[0])
+
+
 def test_clock_policies_act_on_live_workers(play: Play, tmp_path: Path) -> None:
     def decode_records() -> np.ndarray:
         return read_records(tmp_path / "records" / "decode-0.csv")
@@ -133,6 +153,8 @@ def test_clock_policies_act_on_live_workers(play: Play, tmp_path: Path) -> None:
     lowered = rows[rows["clock_mhz"] < 1980]
     assert len(lowered) > 20
     assert np.median(lowered["duration_s"] / lowered["computed_s"]) > 1.05
+    # Requests in the batch are not behind it: the last iteration runs the last request alone.
+    assert rows["queue_requests"][-1] == 0
     assert np.median(low.control_s) < 0.3e-3
 
 
@@ -306,4 +328,4 @@ def test_the_context_of_workers_can_be_sent(scenario: ScenarioSettings) -> None:
 
     context = prepared(scenario, None, 0)[1]
     again: PlanContext = pickle.loads(pickle.dumps(context))
-    assert again.clocks_mhz == context.clocks_mhz == (930, 1410, 1830, 1980)
+    assert again.clocks_mhz == context.clocks_mhz == (750, 930, 1110, 1290, 1470, 1650, 1830, 1980)
