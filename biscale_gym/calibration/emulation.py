@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.stats import theilslopes
 
 from biscale_gym.profiles.fitted import predict
 from biscale_gym.profiles.iterations import Iterations, Profiled
@@ -45,12 +45,12 @@ class HostTime:
 
 
 def host_time(iterations: Iterations, host_ms: Floats) -> HostTime:
-    """Non-negative linear fits to the rows of both phases, float64[n]."""
+    """Non-negative lines through the rows of both phases, float64[n], by medians: a disturbed row does not count."""
 
     def line(rows: NDArray[np.bool_], size: Floats) -> tuple[float, float]:
-        design = np.column_stack([np.ones(rows.sum()), size[rows]])
-        fixed, each = nnls(design, np.maximum(host_ms[rows], 0.0))[0]
-        return float(fixed), float(each)
+        own_ms, own = host_ms[rows], size[rows]
+        each = max(0.0, float(theilslopes(own_ms, own).slope)) if np.ptp(own) > 0 else 0.0
+        return max(0.0, float(np.median(own_ms - each * own))), each
 
     return HostTime(
         line(iterations.batch > 0, iterations.batch), line(iterations.prefill_tokens > 0, iterations.prefill_tokens)
