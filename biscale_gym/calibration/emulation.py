@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import theilslopes
 
+from biscale_gym.calibration.lines import rising_line
 from biscale_gym.profiles.fitted import predict
 from biscale_gym.profiles.iterations import Iterations, Profiled
 from biscale_gym.profiles.profile import Profile
@@ -48,9 +48,7 @@ def host_time(iterations: Iterations, host_ms: Floats) -> HostTime:
     """Non-negative lines through the rows of both phases, float64[n], by medians: a disturbed row does not count."""
 
     def line(rows: NDArray[np.bool_], size: Floats) -> tuple[float, float]:
-        own_ms, own = host_ms[rows], size[rows]
-        each = max(0.0, float(theilslopes(own_ms, own).slope)) if np.ptp(own) > 0 else 0.0
-        return max(0.0, float(np.median(own_ms - each * own))), each
+        return rising_line(size[rows], host_ms[rows])
 
     return HostTime(
         line(iterations.batch > 0, iterations.batch), line(iterations.prefill_tokens > 0, iterations.prefill_tokens)
