@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
+from biscale_gym.calibration.lines import rising_line
 from biscale_gym.profiles.fitted import predict
 from biscale_gym.profiles.iterations import Iterations, Profiled
 from biscale_gym.profiles.profile import Profile
@@ -45,12 +45,10 @@ class HostTime:
 
 
 def host_time(iterations: Iterations, host_ms: Floats) -> HostTime:
-    """Non-negative linear fits to the rows of both phases, float64[n]."""
+    """Non-negative lines through the rows of both phases, float64[n], by medians: a disturbed row does not count."""
 
     def line(rows: NDArray[np.bool_], size: Floats) -> tuple[float, float]:
-        design = np.column_stack([np.ones(rows.sum()), size[rows]])
-        fixed, each = nnls(design, np.maximum(host_ms[rows], 0.0))[0]
-        return float(fixed), float(each)
+        return rising_line(size[rows], host_ms[rows])
 
     return HostTime(
         line(iterations.batch > 0, iterations.batch), line(iterations.prefill_tokens > 0, iterations.prefill_tokens)

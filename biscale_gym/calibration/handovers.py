@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import theilslopes
 
+from biscale_gym.calibration.lines import rising_line
 from biscale_gym.profiles.profile import ProfileError
 from biscale_gym.profiles.settings import TransferSettings
 
@@ -74,7 +74,5 @@ def read_handovers(path: Path) -> Between:
     if len(values) < LEAST:
         raise ProfileError(f"{path}: {len(values)} requests, at least {LEAST} are needed")
     tokens, ttft_ms, prefill_ms, handover_ms = values.T
-    # Theil and Sen's median of slopes: a request that another program disturbed does not count.
-    slope = max(0.0, float(theilslopes(handover_ms, tokens).slope)) if np.ptp(tokens) > 0 else 0.0
-    launch_ms = float(np.median(handover_ms - slope * tokens))
-    return Between(len(values), float(np.median(ttft_ms - prefill_ms)), max(0.0, launch_ms), slope)
+    launch_ms, slope = rising_line(tokens, handover_ms)
+    return Between(len(values), float(np.median(ttft_ms - prefill_ms)), launch_ms, slope)

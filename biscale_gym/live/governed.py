@@ -425,7 +425,7 @@ class ServerGovernor:
                             continue
                         self._swap(run)
                         serving = True
-                        connection.send(m.Begun(device.source))
+                        connection.send(m.Begun(self._device.source))
                     case m.Go():
                         with self._lock:
                             self._run.go(message.origin_s)

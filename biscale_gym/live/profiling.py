@@ -61,8 +61,6 @@ COLUMNS = (
 SERVICE_COLUMNS = ("tp", "clock_mhz", "batch", "kv_tokens", "prefill_tokens", "sum_len_sq", "latency_ms")
 HANDOVER_COLUMNS = ("prompt_tokens", "ttft_ms", "prefill_ms", "handover_ms")
 CONFIDENCE = 0.95
-HOLDING = "max-clock"
-"""The controller of a sweep: clocks are held."""
 SERVICE_SEED = 1000
 REPLY_LIMIT_S = 120.0
 HANDOVER_GAP_S, HANDOVER_OUTPUT_TOKENS = 0.4, 4
@@ -342,8 +340,7 @@ class Sweep:
     def _records(self, worker: WorkerProcess, point: Point) -> npt.NDArray[np.void]:
         """The worker's records of a run that holds the point's clock."""
         path = self._folder / f"{worker.setup.name}.csv"
-        scenario = self._context.scenario.model_copy(update={"top_clock_mhz": point.clock_mhz})
-        worker.send(m.Run(HOLDING, replace(self._context, scenario=scenario), path))
+        worker.send(m.Run(None, self._context, path, point.clock_mhz))
         self._listen(lambda message: isinstance(message, m.Begun))
         worker.send(m.Go(time.monotonic()))
         if point.phase == "decode":
@@ -452,7 +449,7 @@ class Sweep:
         scenario = self._context.scenario.model_copy(update={"duration_s": trace.duration_s + HANDOVER_GAP_S})
         context = replace(self._context, scenario=scenario)
         folder = self._folder / "handovers"
-        outcome = Replay(self._pool, trace, HOLDING, context, folder, self._seed).run()
+        outcome = Replay(self._pool, trace, None, context, folder, self._seed).run()
         prefill, decode = (
             np.concatenate([read_records(path) for path in sorted(folder.glob(f"{phase}-*.csv"))])
             for phase in ("prefill", "decode")
@@ -486,7 +483,7 @@ class Sweep:
         trace = generated_demand(scenario, self._context.profile, "train", seed, None)
         context = replace(self._context, scenario=scenario)
         folder = self._folder / "service"
-        Replay(self._pool, trace, HOLDING, context, folder, seed).run()
+        Replay(self._pool, trace, None, context, folder, seed).run()
         rows = []
         for worker in self._pool.workers:
             for record in read_records(folder / f"{worker.setup.name}.csv"):
