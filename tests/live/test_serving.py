@@ -274,17 +274,18 @@ def test_a_worker_that_hangs_is_replaced(play: Play) -> None:
     assert any(why.startswith("decode-0 has said nothing for 1") for why in outcome.replaced)
 
 
-def test_workers_are_replaced_after_the_forkserver_has_died(play: Play) -> None:
+def test_workers_are_replaced_after_the_forkserver_has_died(play: Play, pool: Pool) -> None:
     """It starts every worker; killed alone it is not missed, and the next worker to start gets a new one."""
     server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
 
-    def both(worker: WorkerProcess) -> None:
+    def all_of_them(worker: WorkerProcess) -> None:
         os.kill(server._forkserver_pid, signal.SIGKILL)
-        kill(worker)
+        for each in pool.workers:
+            kill(each)
 
-    outcome = play(watcher=when("decode", 3, both))
+    outcome = play(watcher=when("decode", 3, all_of_them))
     everything_finished(outcome)
-    assert len(outcome.replaced) == 1
+    assert len(outcome.replaced) == 2
 
 
 def test_a_request_whose_workers_die_again_and_again_fails(play: Play, settings: LiveSettings) -> None:
