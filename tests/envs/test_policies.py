@@ -284,7 +284,9 @@ def test_a_vector_of_lanes_is_answered_lane_by_lane() -> None:
 def test_evaluate_policy_works_with_a_controller() -> None:
     evaluation = pytest.importorskip("stable_baselines3.common.evaluation")
     env = gymnasium.make("BiScale/Prefill-v0", scenario="smoke", episode_s=5.0)
+    env.reset(seed=0)
     mean, _ = evaluation.evaluate_policy(ControllerPolicy("biscale", env), env, n_eval_episodes=2, warn=False)
+    env.reset(seed=0)
     top, _ = evaluation.evaluate_policy(HighestClock(env), env, n_eval_episodes=2, warn=False)
     assert top < mean < 0.0
 
