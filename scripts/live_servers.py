@@ -1,6 +1,6 @@
 """vLLM servers on CPU cores, prefill and decode apart, with governors: something for ``biscale-gym live`` to attach to.
 
-    .venv-live/bin/python scripts/live_servers.py --folder /tmp/servers
+    .venv-live/bin/python scripts/live_servers.py --folder results/servers
 
 One server per instance of the scenario's placement, all on 127.0.0.1; the command to attach to them is printed when
 they are up. They end with this program.
