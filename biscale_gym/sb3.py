@@ -70,9 +70,10 @@ class GymnasiumVecEnv(VecEnv):
         self._actions: NDArray[Any] | None = None
         # What a native step tells of every lane; others tell of each lane what they like.
         self._terms = tuple(envs.setting.term_columns) if isinstance(envs, NativeVectorEnv) else ()
-        self._step: Callable[[Any], Any] = envs.step
+        self._quietly: Callable[[Any], Any] | None = None
         if isinstance(envs, NativeVectorEnv) and not (step_infos or keep_infos):
-            self._step = envs.step_quietly
+            self._quietly = envs.step_quietly
+        self._nothing: list[dict[str, Any]] = [{} for _ in range(envs.num_envs)]
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> VecEnvObs:
@@ -107,19 +108,27 @@ class GymnasiumVecEnv(VecEnv):
         """Step every lane.
 
         Returns:
-            float32[N, size], float32[N], bool[N], N infos.
+            float32[N, size], float32[N], bool[N], N infos. Infos that tell nothing are the same objects in every step;
+            what somebody writes into one is gone with the next step.
         """
-        obs, rewards, _, ended, infos = self._step(self._actions)
+        if self._quietly is not None:
+            obs, rewards, ended, infos = self._quietly(self._actions)
+        else:
+            obs, rewards, _, ended, infos = self.envs.step(self._actions)
+            rewards = rewards.astype(np.float32)
         if self.keep_infos:
             self.infos = infos
         if self.step_infos:
             told = [lane_info(infos, lane) for lane in range(self.num_envs)]
         else:
-            told = [{} for _ in range(self.num_envs)]
+            if any(self._nothing):
+                self._nothing = [{} for _ in range(self.num_envs)]
+            told = self._nothing
         if infos:
+            told = told.copy()
             for lane in np.flatnonzero(ended):
                 told[lane] = self._terminal(lane_info(infos, int(lane)), int(lane))
-        return obs, rewards.astype(np.float32), ended, told
+        return obs, rewards, ended, told
 
     def _terminal(self, told: dict[str, Any], lane: int) -> dict[str, Any]:
         """The last info of an ended lane's episode; what else its info tells is of the new one."""

@@ -136,6 +136,9 @@ def note_slack(st: State, i: int, r: int, n: int) -> None:
     saved_s[position] = value_s
 
 
+_COUNTED = 128
+
+
 @compiled
 def _forget_slack(st: State, i: int, r: int) -> None:
     """Take a request that leaves the batch (its fields as when it joined) out of the list."""
@@ -143,11 +146,17 @@ def _forget_slack(st: State, i: int, r: int) -> None:
     saved_s = st.slack_s[i]
     value_s = _saved_s(st.glob[0], st.req[r])
     first, span = np.int64(0), n
-    while span > 1:
+    while span > _COUNTED:
         # Added, not branched on: which half it is in cannot be predicted.
         half = span >> 1
         first += half * np.int64(saved_s[(first + half - 1) & _LOW_HALF] > value_s)
         span -= half
+    # Of so few all are compared at once, where halving on would wait for one after another.
+    near_s = saved_s[first : first + span]
+    greater = np.int64(0)
+    for position in range(span):
+        greater += np.int64(near_s[position] > value_s)
+    first += greater
     rest_s = saved_s[first:n]
     for position in range(n - 1 - first):
         rest_s[position] = rest_s[position + 1]

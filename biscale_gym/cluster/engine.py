@@ -45,7 +45,6 @@ from biscale_gym.cluster.state import (
     COMPILED,
     DECODE,
     DRAINING,
-    EXPECTED,
     EXTERNAL,
     GONE,
     HOLD,
@@ -70,19 +69,13 @@ _NOTHING = -1
 
 
 @compiled
-def fill_requests(req: Any, arrival_s: Any, prompt_tokens: Any, output_tokens: Any) -> None:
-    """Write the trace's requests, that nothing has happened to, into REQUEST[R]: every field of every record."""
-    for r in range(len(req)):
-        one = req[r]
+def fill_arrivals(arrivals: Any, arrival_s: Any, prompt_tokens: Any, output_tokens: Any) -> None:
+    """Write a trace into ARRIVAL[R]."""
+    for r in range(len(arrivals)):
+        one = arrivals[r]
         one.arrival_s = arrival_s[r]
-        one.prefill_start_s = one.first_token_s = one.delivered_s = one.finish_s = np.nan
         one.prompt = prompt_tokens[r]
         one.output = output_tokens[r]
-        one.next = one.prev = -1
-        one.generated = one.done = one.join_iteration = 0
-        one.prefill_instance = one.decode_instance = -1
-        one.preemptions = 0
-        one.status = EXPECTED
 
 
 @compiled
@@ -279,7 +272,7 @@ def _iteration_event(st: State, i: int, arrival_s: float) -> bool:
 @inlined
 def _next_arrival_s(st: State) -> float:
     g = st.glob[0]
-    return st.req[g.next_arrival].arrival_s if g.next_arrival < g.requests else np.inf
+    return st.arrivals[g.next_arrival].arrival_s if g.next_arrival < g.requests else np.inf
 
 
 @inlined

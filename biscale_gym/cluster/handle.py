@@ -74,7 +74,8 @@ def handle_of(state: State, prefill_policy: Any, decode_policy: Any) -> Handle:
     words: list[int] = []
     arrays: tuple[npt.NDArray[Any], ...] = state
     for array in arrays:
-        words += [array.__array_interface__["data"][0], *array.shape]
+        # Its array interface, which tells the address as well, spells out a record's fields every time.
+        words += [array.ctypes.data, *array.shape]
     words += [*policy_addresses(prefill_policy), *policy_addresses(decode_policy)]
     return np.array(words, dtype=np.int64)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from biscale_gym.cluster.state import ACTIVE, BUCKETS, DRAINING, FINISHED, LOADING, PREFILL, REJECTED, State
+from biscale_gym.cluster.state import ACTIVE, BUCKETS, DRAINING, EXPECTED, FINISHED, LOADING, PREFILL, REJECTED, State
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -128,24 +128,29 @@ class InstanceLedger:
 
 def read_requests(state: State) -> RequestLedger:
     """Copy the requests' ledger out of the engine's state."""
-    req = state.req
+    arrivals = state.arrivals
+    arrived = int(state.glob[0]["next_arrival"])
+    req = state.req[:arrived]
 
-    def integers(name: str) -> IntArray:
-        return req[name].astype(np.int64)
+    def column(name: str, before: float) -> Any:
+        """Of requests yet to arrive: ``before``."""
+        whole = np.full(len(arrivals), before)
+        whole[:arrived] = req[name]
+        return whole
 
     return RequestLedger(
-        arrival_s=req["arrival_s"].copy(),
-        prefill_start_s=req["prefill_start_s"].copy(),
-        first_token_s=req["first_token_s"].copy(),
-        delivered_s=req["delivered_s"].copy(),
-        finish_s=req["finish_s"].copy(),
-        prompt_tokens=integers("prompt"),
-        output_tokens=integers("output"),
-        prefill_instance=integers("prefill_instance"),
-        decode_instance=integers("decode_instance"),
-        preemptions=integers("preemptions"),
-        finished=req["status"] == FINISHED,
-        rejected=req["status"] == REJECTED,
+        arrival_s=arrivals["arrival_s"].copy(),
+        prefill_start_s=column("prefill_start_s", np.nan),
+        first_token_s=column("first_token_s", np.nan),
+        delivered_s=column("delivered_s", np.nan),
+        finish_s=column("finish_s", np.nan),
+        prompt_tokens=arrivals["prompt"].astype(np.int64),
+        output_tokens=arrivals["output"].astype(np.int64),
+        prefill_instance=column("prefill_instance", -1),
+        decode_instance=column("decode_instance", -1),
+        preemptions=column("preemptions", 0),
+        finished=column("status", EXPECTED) == FINISHED,
+        rejected=column("status", EXPECTED) == REJECTED,
     )
 
 

@@ -13,6 +13,7 @@ from biscale_gym.cluster.state import (
     EV_FINISH,
     EV_PREFILL_END,
     EV_PREFILL_START,
+    EXPECTED,
     FINISHED,
     HOLD,
     PREFILL,
@@ -66,9 +67,26 @@ def hand_to_prefill(st: State, r: int) -> None:
 
 
 @inlined
+def _note_request(st: State, r: int) -> None:
+    """Write the record of a request that nothing has happened to yet: every field."""
+    one = st.req[r]
+    arrival = st.arrivals[r]
+    one.arrival_s = arrival.arrival_s
+    one.prefill_start_s = one.first_token_s = one.delivered_s = one.finish_s = np.nan
+    one.prompt = arrival.prompt
+    one.output = arrival.output
+    one.next = one.prev = -1
+    one.generated = one.done = one.join_iteration = 0
+    one.prefill_instance = one.decode_instance = -1
+    one.preemptions = 0
+    one.status = EXPECTED
+
+
+@inlined
 def arrive(st: State, r: int) -> None:
     """Request r enters the cluster."""
     g = st.glob[0]
+    _note_request(st, r)
     req = st.req[r]
     g.arrived += 1
     log_event(st, EV_ARRIVE, -1, r)

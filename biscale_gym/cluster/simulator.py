@@ -38,12 +38,14 @@ from biscale_gym.cluster.state import (
     HOLD,
     LOADING,
     PREFILL,
-    REQUEST,
     ROUTERS,
     State,
     copy_state,
     empty_state,
+    request_arrays,
     restore_state,
+    room_bytes,
+    settled,
 )
 from biscale_gym.config import load_preset
 from biscale_gym.profiles import Profile
@@ -177,7 +179,7 @@ class Simulator:
         self.state = empty_state(
             len(trace), settings.nodes, max(capacity, len(lanes)), settings.batching.max_decode_sequences, log_events
         )
-        self._fill_requests(trace)
+        self._fill_arrivals(trace)
         self._fill_globals(slo, only, switching or settings.switching_settings())
         self._fill_seeds(seed)
         for lane in lanes:
@@ -188,8 +190,8 @@ class Simulator:
 
     # -- building ------------------------------------------------------------------------------------------------------
 
-    def _fill_requests(self, trace: Trace) -> None:
-        engine.fill_requests(self.state.req, trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
+    def _fill_arrivals(self, trace: Trace) -> None:
+        engine.fill_arrivals(self.state.arrivals, trace.arrival_s, trace.prompt_tokens, trace.output_tokens)
 
     def _fill_seeds(self, seed: int | np.random.SeedSequence) -> None:
         if not isinstance(seed, np.random.SeedSequence) and seed < 0:
@@ -359,13 +361,16 @@ class Simulator:
         if self.now_s > 0.0 or self.state.glob[0]["arrived"] > 0:
             raise ClusterError(f"anew: this simulator has run, to {self.now_s:.6f} s")
         twin = copy.copy(self)
-        models, predicted, nothing = self.state.models, self.state.predicted, np.zeros(0)
-        bare = self.state._replace(req=self.state.req[:0], models=nothing, predicted=nothing)
-        twin.state = copy_state(bare)._replace(req=np.empty(len(trace), REQUEST), models=models, predicted=predicted)
+        state, nothing = self.state, np.zeros(0)
+        bare = state._replace(arrivals=state.arrivals[:0], req=state.req[:0], models=nothing, predicted=nothing)
+        arrivals, req = request_arrays(len(trace))
+        twin.state = copy_state(bare)._replace(
+            arrivals=arrivals, req=req, models=state.models, predicted=state.predicted
+        )
         twin.state.glob["requests"] = len(trace)
         twin._lanes = dict(self._lanes)
         twin._model_spans, twin._predicted_spans = dict(self._model_spans), dict(self._predicted_spans)
-        twin._fill_requests(trace)
+        twin._fill_arrivals(trace)
         twin._fill_seeds(seed)
         return twin
 
@@ -383,6 +388,19 @@ class Simulator:
         if self._handle is None or any(old is not new for old, new in zip(self._handle[1:], made_of, strict=True)):
             self._handle = (handle_of(*made_of), *made_of)
         return self._handle[0]
+
+    @property
+    def room_bytes(self) -> int:
+        """How much room ``settle`` takes."""
+        return room_bytes(self.state)
+
+    def settle(self, room: npt.NDArray[np.uint8]) -> None:
+        """Keep what every event touches in ``room`` from now on, until lanes are added beyond ``capacity``.
+
+        Many simulators that take turns are faster side by side. Where the room is too small nothing changes.
+        """
+        if self.room_bytes <= len(room):
+            self.state = settled(self.state, room)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the handle, whose addresses are this object's."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biscale_gym.cluster import features
+from biscale_gym.cluster.pages import on_large_pages
 from biscale_gym.cluster.policy import MEMORY_SIZE
 
 PREFILL = 0
@@ -314,6 +315,8 @@ REQUEST = np.dtype(
     align=True,
 )
 
+ARRIVAL = np.dtype([("arrival_s", _f), ("prompt", _s), ("output", _s)], align=True)
+
 EVENT = np.dtype([("time_s", _f), ("kind", _i), ("instance", _i), ("subject", _i)], align=True)
 
 
@@ -323,7 +326,8 @@ class State(NamedTuple):
     glob: npt.NDArray[Any]  # GLOBAL[1]
     inst: npt.NDArray[Any]  # INSTANCE[I]
     node: npt.NDArray[Any]  # NODE[N]
-    req: npt.NDArray[Any]  # REQUEST[R]
+    arrivals: npt.NDArray[Any]  # ARRIVAL[R] the trace
+    req: npt.NDArray[Any]  # REQUEST[R] written at arrival, meaningless until then
     tree_s: npt.NDArray[np.float64]  # [2 L] least event time below each node of the tournament tree
     tree_entity: npt.NDArray[np.int32]  # [2 L] the entity it belongs to
     run_heap: npt.NDArray[np.int64]  # [I, max sequences] heap of (finish iteration << 32 | request)
@@ -342,6 +346,50 @@ class State(NamedTuple):
 def copy_state(state: State) -> State:
     """An exact copy that shares nothing that the engine writes."""
     return State._make([array.copy() for array in state])
+
+
+def request_arrays(requests: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(``arrivals``, ``req``) of any content, side by side."""
+    behind = requests * REQUEST.itemsize
+    room = on_large_pages(behind + requests * ARRIVAL.itemsize)
+    return room[behind:].view(ARRIVAL), room[:behind].view(REQUEST)
+
+
+_LINE_BYTES = 64
+_SETTLED = (
+    "glob",
+    "inst",
+    "node",
+    "tree_s",
+    "tree_entity",
+    "route_heap",
+    "dirty",
+    "memory",
+    "obs",
+    "run_heap",
+    "slack_s",
+)
+"""What every event touches; the most often touched first."""
+
+
+def room_bytes(state: State) -> int:
+    """How much room ``settled`` takes."""
+    return sum(-(-getattr(state, name).nbytes // _LINE_BYTES) * _LINE_BYTES for name in _SETTLED)
+
+
+def settled(state: State, room: npt.NDArray[np.uint8]) -> State:
+    """The state with the arrays that every event touches moved into ``room``, side by side.
+
+    Where many simulators take turns, time goes by the lines and the pages that each of them touches.
+    """
+    moved = {}
+    at = 0
+    for name in _SETTLED:
+        array = getattr(state, name)
+        moved[name] = room[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+        moved[name][...] = array
+        at += -(-array.nbytes // _LINE_BYTES) * _LINE_BYTES
+    return state._replace(**moved)
 
 
 def restore_state(state: State, snapshot: State) -> None:
@@ -391,6 +439,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         glob=glob,
         inst=inst,
         node=node,
+        arrivals=np.zeros(requests, ARRIVAL),
         req=np.zeros(requests, REQUEST),
         tree_s=np.full(2 * leaves, np.inf),
         tree_entity=entities,

@@ -13,6 +13,7 @@ from biscale_gym.cluster.clocks import ask_clock
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
 from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
 from biscale_gym.cluster.state import (
+    ABSENT,
     ACTIVE,
     DRAINING,
     LOADING,
@@ -81,6 +82,9 @@ CLUSTER_LANE = np.dtype(
         ("memory", _f, (32,)),
         # the instance in each slot, -1: none
         ("slots", _i, (layout.SLOTS,)),
+        # the slots that hold one, in the order of the instances
+        ("filled", _i),
+        ("in_order", _i, (layout.SLOTS,)),
     ],
     align=True,
 )
@@ -104,17 +108,23 @@ def fill_slots(st: State, lane: Any) -> None:
     for slot in range(_SLOTS):
         slots[slot] = -1
     prefills, decodes = 0, 0
+    lane.filled = 0
     for i in range(st.glob[0].instances):
         inst = st.inst[i]
         # 1, 2, 3: waiting for GPUs, loading, active. Who drains keeps its clock.
         if inst.status < 1 or inst.status > ACTIVE:
             continue
         if inst.phase == PREFILL and prefills < _PER_PHASE:
-            slots[prefills] = i
+            slot = prefills
             prefills += 1
         elif inst.phase != PREFILL and decodes < _PER_PHASE:
-            slots[_PER_PHASE + decodes] = i
+            slot = _PER_PHASE + decodes
             decodes += 1
+        else:
+            continue
+        slots[slot] = i
+        lane.in_order[lane.filled] = slot
+        lane.filled += 1
 
 
 @compiled
@@ -123,11 +133,11 @@ def read_energy(st: State, lane: Any, terms: Any) -> None:
     g = st.glob[0]
     prefill_j, decode_j = 0.0, 0.0
     for i in range(g.instances):
-        if st.inst[i].status == 0:
+        inst = st.inst[i]
+        if inst.status == ABSENT:
             continue
-        present = st.inst[i].status in (LOADING, ACTIVE, DRAINING)
-        booked_j = energy_now_j(st, i) if present else st.inst[i].energy_j.sum()
-        if st.inst[i].phase == PREFILL:
+        booked_j = energy_now_j(st, i) if LOADING <= inst.status <= DRAINING else inst.energy_j.sum()
+        if inst.phase == PREFILL:
             prefill_j += booked_j
         else:
             decode_j += booked_j
@@ -215,27 +225,25 @@ def _encode_slot(st: State, i: int, params: Any, known: Keeps, out: Row, at: int
 
 
 @compiled
-def encode_cluster(st: State, lane: Any, params: Any, out: Row) -> None:
-    """Write the whole observation (cluster_layout)."""
+def encode_cluster(st: State, lane: Any, params: Any, late: int, out: Row) -> None:
+    """Write the whole observation (cluster_layout); ``late`` is of ``_counts``."""
     g = st.glob[0]
     out[:] = np.float32(0.0)
     power_w = max(0, g.gpus - g.gpus_allocated) * g.unallocated_w_per_gpu
     for i in range(g.instances):
-        if st.inst[i].status in (LOADING, ACTIVE, DRAINING):
+        if LOADING <= st.inst[i].status <= DRAINING:
             power_w += st.inst[i].power_w
     # Mostly all were last followed in the same instant.
     known = keeps(g.now_s - lane.memory[AT_S], NO_KEEPS)
-    for slot in range(_SLOTS):
+    for k in range(lane.filled):
+        slot = lane.in_order[k]
         i = lane.slots[slot]
-        if i < 0:
-            continue
         at = slot * _PREFILL_SIZE
         if slot >= _PER_PHASE:
             at = _PER_PHASE * _PREFILL_SIZE + (slot - _PER_PHASE) * _DECODE_SIZE
         known = _encode_slot(st, i, params, known, out, at)
-    late, finished = _counts(st)
     memory = lane.memory
-    follow(memory, g.now_s, g.arrived, finished, late, known)
+    follow(memory, g.now_s, g.arrived, g.finished, late, known)
     out[_TOTALS] = clipped(g.ttft_slo_s, 0.0, 8.0)
     out[_TOTALS + 1] = clipped(g.tpot_slo_s / 0.1, 0.0, 8.0)
     out[_TOTALS + 2] = clipped(lane.interval_s, 0.0, 8.0)
@@ -249,29 +257,14 @@ def encode_cluster(st: State, lane: Any, params: Any, out: Row) -> None:
 
 
 @inlined
-def _set_clocks(st: State, lane: Any, params: Any, actions: Any) -> bool:
-    """Ask for the actions' clocks, in the order of the instances; False, and nothing asked, where one is no clock."""
-    grid, n = grid_of(params)
-    for slot in range(_SLOTS):
-        if lane.slots[slot] >= 0 and (actions[slot] < 0 or actions[slot] >= n):
-            return False
-    # Slots of a phase are in order of instances: merge the two.
-    a, b = 0, _PER_PHASE
-    while True:
-        while a < _PER_PHASE and lane.slots[a] < 0:
-            a += 1
-        while b < _SLOTS and lane.slots[b] < 0:
-            b += 1
-        if a == _PER_PHASE and b == _SLOTS:
-            return True
-        if b == _SLOTS or (a < _PER_PHASE and lane.slots[a] < lane.slots[b]):
-            slot = a
-            a += 1
-        else:
-            slot = b
-            b += 1
-        if st.inst[lane.slots[slot]].status == ACTIVE:
-            ask_clock(st, lane.slots[slot], int(params[grid + actions[slot]]))
+def _set_clocks(st: State, lane: Any, params: Any, actions: Any) -> None:
+    """Ask for the actions' clocks, in the order of the instances."""
+    grid = grid_of(params)[0]
+    for k in range(lane.filled):
+        slot = lane.in_order[k]
+        i = lane.slots[slot]
+        if st.inst[i].status == ACTIVE:
+            ask_clock(st, i, int(params[grid + actions[slot]]))
 
 
 @inlined
@@ -279,6 +272,7 @@ def _tell(st: State, lane: Any, params: Any, over: bool, obs: Any, terms: Any) -
     g = st.glob[0]
     read_energy(st, lane, terms)
     late, finished = _counts(st)
+    encode_cluster(st, lane, params, late, obs)
     if over:
         late += overdue(st)
     terms[ENERGY_J] = terms[PREFILL_J] + terms[DECODE_J] + terms[UNALLOCATED_J]
@@ -290,14 +284,12 @@ def _tell(st: State, lane: Any, params: Any, over: bool, obs: Any, terms: Any) -
     terms[REWARD] = -spent - lane.violation_penalty * terms[VIOLATIONS]
     terms[DISCOUNT] = discount
     lane.violations, lane.completed, lane.at_s = late, finished, g.now_s
-    encode_cluster(st, lane, params, obs)
 
 
 @compiled
 def _step(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, terms: Any) -> int:
     st = state_at(handle)
-    if not _set_clocks(st, lane, params, actions):
-        return BAD_ANSWER
+    _set_clocks(st, lane, params, actions)
     lane.steps += 1
     until_s = min(lane.start_s + lane.steps * lane.interval_s, lane.end_s)
     advance(st, prefill_policy_at(handle), decode_policy_at(handle), until_s, NO_ANSWER)
@@ -335,6 +327,8 @@ def step_cluster(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, te
     Returns:
         DECISION (the next interval's), REACHED (the episode's end), or BAD_ANSWER (nothing has happened).
     """
+    if count_outside(actions, grid_of(params)[1]) > 0:  # of slots that are empty, too
+        return BAD_ANSWER
     return int(_step(handle, lane[0], params, actions, obs, terms))
 
 
@@ -367,7 +361,7 @@ def turn_cluster(handle: Any, lane: Any, params: Any, obs: Any) -> None:
     """After a change of placement: fill the slots anew and write the observation. No time passes."""
     st = state_at(handle)
     fill_slots(st, lane[0])
-    encode_cluster(st, lane[0], params, obs)
+    encode_cluster(st, lane[0], params, _counts(st)[0], obs)
 
 
 @compiled_as(types.int64(*_ROWS))

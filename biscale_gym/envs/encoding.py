@@ -54,6 +54,8 @@ DECODE_CLOCKS = DECODE_SLACK + 5
 _LN_65537 = math.log(65537.0)
 _LN_1025 = math.log(1025.0)
 _LN_101 = math.log(101.0)
+_COUNTED = 1024
+_LOG_REQUESTS = np.array([math.log(1.0 + count) / _LN_1025 for count in range(_COUNTED)], np.float32)
 MHZ = 2000.0
 TOKENS_UNIT = 8192.0
 
@@ -147,9 +149,9 @@ def log_rate(rate_per_s: float) -> np.float32:
 
 @inlined
 def log_requests(count: float) -> np.float32:
-    """ln(1 + count) / ln 1025."""
-    if count == 0.0:  # mostly: the logarithm is spared
-        return np.float32(0.0)
+    """ln(1 + count) / ln 1025, of a whole number."""
+    if count < _COUNTED:  # mostly: the logarithm is spared
+        return np.float32(_LOG_REQUESTS[int(count)])
     return clipped(math.log(1.0 + count) / _LN_1025, 0.0, 2.0)
 
 

@@ -20,7 +20,7 @@ from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_po
 from biscale_gym.cluster.observe import observe
 from biscale_gym.cluster.policy import MEMORY_SIZE
 from biscale_gym.cluster.prefetch import LINE_BYTES, prefetch, prefetch_request
-from biscale_gym.cluster.state import FINISHED, INSTANCE, PREFILL, REJECTED, WAITING_DECODE, State
+from biscale_gym.cluster.state import ARRIVAL, FINISHED, INSTANCE, PREFILL, REJECTED, WAITING_DECODE, State
 from biscale_gym.envs.encoding import FIRST, encode_decode, encode_prefill, grid_of
 
 _f, _i = np.float64, np.int64
@@ -159,7 +159,7 @@ def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any
     return REACHED
 
 
-_INSTANCE_BYTES = INSTANCE.itemsize
+_INSTANCE_BYTES, _ARRIVAL_BYTES = INSTANCE.itemsize, ARRIVAL.itemsize
 # Lines that nearly every step touches (state.py has what is touched most first).
 _HOT_GLOBAL, _HOT_INSTANCE = 6, 10
 
@@ -184,15 +184,23 @@ def prefetch_lanes(handles: Any, n: int) -> None:
     if n + 1 < len(handles):
         st = state_at(handles[n + 1])
         prefetch_request(st, st.glob[0].next_arrival)
-        inst = st.inst[0]
-        if inst.phase == PREFILL:
-            prefetch_request(st, inst.batch_head)
-        else:
+        prefetch(st.arrivals, st.glob[0].next_arrival * _ARRIVAL_BYTES)
+        row = st.slack_s.shape[1] * 8
+        for i in range(len(st.inst)):
+            inst = st.inst[i]
+            if inst.phase == PREFILL:
+                prefetch_request(st, inst.batch_head)
+                prefetch_request(st, inst.queue_head)
+                continue
             prefetch_request(st, inst.run_first & 0xFFFFFFFF)
-            prefetch(st.run_heap, 0)
-        for line in range(3):
-            prefetch(st.obs, inst.phase * f.SIZE * 8 + line * LINE_BYTES)
-        prefetch(st.obs, (inst.phase * f.SIZE + f.ROUTED) * 8)
+            prefetch(st.run_heap, i * row)
+            for line in range((inst.run_n * 8) // LINE_BYTES + 1):
+                prefetch(st.slack_s, i * row + line * LINE_BYTES)
+        if len(st.inst) == 1:
+            phase = st.inst[0].phase
+            for line in range(3):
+                prefetch(st.obs, phase * f.SIZE * 8 + line * LINE_BYTES)
+            prefetch(st.obs, (phase * f.SIZE + f.ROUTED) * 8)
 
 
 _LANES = types.Array(from_dtype(LANE), 1, "C")

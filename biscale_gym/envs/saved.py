@@ -20,6 +20,8 @@ from biscale_gym.cluster.simulator import Simulator, Snapshot
 from biscale_gym.cluster.state import State
 from biscale_gym.envs.errors import EnvironmentUsageError
 
+_DRAWN = "arrivals"
+"""Part of a state that the episode's draw brings back."""
 _ALIKE = ("models", "predicted", "params_prefill", "params_decode")
 """Parts of a state that many lanes have alike; each is kept once."""
 
@@ -95,11 +97,15 @@ def saved_simulators(simulators: Sequence[Simulator]) -> Saved:
     shapes: dict[str, list[list[int]]] = {}
     which: dict[str, list[int]] = {}
     for name in State._fields:
+        if name == _DRAWN:
+            continue
         kept: dict[Any, int] = {}
         distinct: list[NDArray[Any]] = []
         which[name] = []
         for number, simulator in enumerate(simulators):
             array = getattr(simulator.state, name)
+            if name == "req":  # beyond them there is nothing yet
+                array = array[: int(simulator.state.glob[0]["next_arrival"])]
             key = array.tobytes() if name in _ALIKE else number
             if key not in kept:
                 kept[key] = len(distinct)
@@ -129,7 +135,10 @@ def restore_simulators(simulators: Sequence[Simulator], saved: Saved) -> None:
         pieces[name] = [part.reshape(shape) for part, shape in zip(whole, shapes, strict=True)]
     for number, simulator in enumerate(simulators):
         told = saved.values["simulators"][number]
-        state = State(**{name: pieces[name][saved.values["which"][name][number]] for name in State._fields})
+        parts = {name: pieces[name][which[number]] for name, which in saved.values["which"].items()}
+        req = simulator.state.req.copy()
+        req[: len(parts["req"])] = parts["req"]
+        state = State(**{**parts, "req": req, _DRAWN: simulator.state.arrivals})
         lanes = {
             int(lane_number): Lane(**{**lane, "spec": InstanceSpec(**lane["spec"])})
             for lane_number, lane in told["lanes"]

@@ -58,7 +58,7 @@ def mirror(
     glob["now_s"] = now_s
     for name in ("arrived", "finished", "rejected"):
         glob[name] = counts[name]
-    arrival_s = state.req["arrival_s"]
+    arrival_s = state.arrivals["arrival_s"]
     for number, seen in enumerate(workers):
         _mirror_instance(simulator, number, seen, now_s, origin_s, arrival_s)
 
@@ -117,6 +117,8 @@ def mirror_requests(simulator: Simulator, requests: RequestLedger, arrived: int)
     """Write the fate of the requests so far, which the end of an episode asks for."""
     req = simulator.state.req
     simulator.state.glob[0]["next_arrival"] = arrived
+    for name in ("arrival_s", "prompt", "output"):
+        req[name] = simulator.state.arrivals[name]
     req["first_token_s"] = requests.first_token_s
     req["finish_s"] = requests.finish_s
     req["status"] = np.select(
@@ -136,5 +138,5 @@ def _request(req: np.ndarray, arrival_s: npt.NDArray[np.float64], at_s: float) -
     if not np.isfinite(at_s):
         return -1
     number = min(int(np.searchsorted(arrival_s, at_s)), len(arrival_s) - 1)
-    req[number]["next"] = -1
+    req[number]["arrival_s"], req[number]["next"] = arrival_s[number], -1
     return number

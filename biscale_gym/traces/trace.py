@@ -95,13 +95,20 @@ class Trace:
         Raises:
             TraceError: nothing is chosen.
         """
-        return Trace(
-            self.arrival_s[chosen] - origin_s,
-            self.prompt_tokens[chosen],
-            self.output_tokens[chosen],
-            name,
-            self.skipped_rows,
+        arrival_s = self.arrival_s[chosen] - origin_s
+        prompt_tokens, output_tokens = self.prompt_tokens[chosen], self.output_tokens[chosen]
+        if not isinstance(chosen, slice) or arrival_s.size == 0 or arrival_s[0] < 0.0 or (chosen.step or 1) < 0:
+            return Trace(arrival_s, prompt_tokens, output_tokens, name, self.skipped_rows)
+        # What follows each other here has been checked and is frozen.
+        taken = object.__new__(Trace)
+        taken.__dict__.update(
+            arrival_s=_frozen(arrival_s),
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            name=name,
+            skipped_rows=self.skipped_rows,
         )
+        return taken
 
 
 def _frozen(values: NDArray[np.generic]) -> NDArray[np.generic]:

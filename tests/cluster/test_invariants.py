@@ -58,7 +58,7 @@ class Meter:
     def _next_event_s(self) -> float:
         state = self.simulator.state
         number = state.glob[0]["next_arrival"]
-        arrival_s = state.req["arrival_s"][number] if number < len(state.req) else np.inf
+        arrival_s = state.arrivals["arrival_s"][number] if number < len(state.req) else np.inf
         return min(float(state.tree_s[1]), float(arrival_s))
 
     def run(self, until_s: float) -> None:

@@ -564,3 +564,25 @@ def test_switching_may_be_given_in_numbers() -> None:
     ]
     for name in ("switch_median_s", "switch_sigma", "settle_s"):
         assert states[0][name] == states[1][name] > 0
+
+
+# -- what has not arrived ----------------------------------------------------------------------------------------------
+
+
+def test_requests_yet_to_arrive_are_known_and_untouched() -> None:
+    trace = requests(BUSY, [50] * 60, [2] * 60)
+    built = simulator([prefill(), decode()], trace, cluster(), seed=3)
+    for run in (built.anew(trace, 3), built):
+        run.run(0.2)
+        ledger = run.requests()
+        coming = trace.arrival_s >= 0.2
+        assert 0 < coming.sum() < 60
+        np.testing.assert_array_equal(ledger.arrival_s, trace.arrival_s)
+        np.testing.assert_array_equal(ledger.prompt_tokens, trace.prompt_tokens)
+        np.testing.assert_array_equal(ledger.output_tokens, trace.output_tokens)
+        for times_s in (ledger.prefill_start_s, ledger.first_token_s, ledger.delivered_s, ledger.finish_s):
+            assert np.isnan(times_s[coming]).all()
+        assert (ledger.prefill_instance[coming] == -1).all()
+        assert (ledger.decode_instance[coming] == -1).all()
+        assert not (ledger.finished | ledger.rejected)[coming].any()
+        assert np.isfinite(ledger.prefill_start_s[0])

@@ -84,6 +84,16 @@ def test_an_episodes_end_is_told_in_full() -> None:
     assert info["now_s"] == pytest.approx(4.0)
 
 
+def test_what_is_written_into_an_empty_info_is_gone_with_the_next_step() -> None:
+    envs = make_vec_env(ENV_ID, LANES, seed=0, **short(ENV_ID))
+    envs.reset()
+    actions = np.ones(LANES, dtype=np.int64)
+    _, _, dones, infos = envs.step(actions)
+    assert not dones.any()
+    infos[1]["mine"] = 1
+    assert envs.step(actions)[3] == [{}] * LANES
+
+
 def test_options_may_differ_between_lanes_and_serve_once() -> None:
     ours, theirs = (
         make_vec_env("BiScale/Decode-v0", LANES, **short(ENV_ID)),

@@ -50,6 +50,20 @@ def test_episodes_are_drawn_without_what_planners_learn_from(monkeypatch: pytest
     gymnasium.make_vec("BiScale/Cluster-v0", num_envs=2, **SETTINGS).reset(seed=0)
 
 
+def test_lanes_lie_side_by_side_also_in_their_later_episodes() -> None:
+    envs: Any = gymnasium.make_vec("BiScale/Prefill-v0", num_envs=3, **SETTINGS).unwrapped
+    envs.reset(seed=0)
+
+    def begin() -> list[int]:
+        return [simulator.state.glob.ctypes.data for simulator in envs.simulators]
+
+    first = begin()
+    assert first[0] % (2 << 20) == 0
+    assert np.diff(first).tolist() == [envs.simulators[0].room_bytes] * 2
+    envs.reset(seed=1)
+    assert begin() == first
+
+
 @pytest.mark.parametrize("env_id", ["BiScale/Prefill-v0", "BiScale/Cluster-v0"])
 def test_quiet_steps_are_the_same_steps_and_tell_of_ends_alone(env_id: str) -> None:
     quiet, told = (gymnasium.make_vec(env_id, num_envs=2, **SETTINGS) for _ in range(2))
@@ -60,11 +74,11 @@ def test_quiet_steps_are_the_same_steps_and_tell_of_ends_alone(env_id: str) -> N
     ends = 0
     while ends < 3:
         actions = told.action_space.sample()
-        *seen, own = quiet.unwrapped.step_quietly(actions)
-        *expected, infos = told.step(actions)
-        for ours, theirs in zip(seen, expected, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-        ended = expected[3]
+        seen, rewards, over, own = quiet.unwrapped.step_quietly(actions)
+        expected, all_rewards, _, ended, infos = told.step(actions)
+        np.testing.assert_array_equal(seen, expected)
+        np.testing.assert_array_equal(rewards, all_rewards.astype(np.float32))
+        np.testing.assert_array_equal(over, ended)
         assert set(own) == set(infos) - of_every_lane
         if ended.any():
             lane = int(np.argmax(ended))

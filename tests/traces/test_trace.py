@@ -66,3 +66,27 @@ def test_arrays_are_its_own_and_read_only() -> None:
     assert trace.arrival_s[0] == 0.0
     with pytest.raises(ValueError, match="read-only"):
         trace.arrival_s[0] = 0.5
+
+
+@pytest.mark.parametrize(("first", "last", "origin_s"), [(0, 4, 0.0), (1, 3, 0.5), (2, 3, 0.0)])
+def test_a_slice_is_the_trace_of_its_requests(first: int, last: int, origin_s: float) -> None:
+    trace = Trace(np.array([0.0, 0.5, 2.0, 2.0]), np.array([5, 6, 7, 8]), np.array([1, 2, 3, 4]), skipped_rows=3)
+    assert trace.hash  # kept, and not to be taken along
+    part = trace.take(slice(first, last), "part", origin_s=origin_s)
+    checked = Trace(
+        trace.arrival_s[first:last] - origin_s, trace.prompt_tokens[first:last], trace.output_tokens[first:last]
+    )
+    assert part.hash == checked.hash
+    assert (part.name, part.skipped_rows, len(part)) == ("part", 3, last - first)
+    with pytest.raises(ValueError, match="read-only"):
+        part.arrival_s[0] = 1.0
+
+
+def test_a_slice_is_refused_what_a_trace_is() -> None:
+    trace = Trace(np.array([0.0, 0.5]), np.array([5, 6]), np.array([1, 2]))
+    with pytest.raises(TraceError, match="empty"):
+        trace.take(slice(2, 2), "none")
+    with pytest.raises(TraceError, match="a finite time >= 0"):
+        trace.take(slice(0, 2), "before", origin_s=0.25)
+    with pytest.raises(TraceError, match="sort the trace"):
+        trace.take(slice(None, None, -1), "backwards")
