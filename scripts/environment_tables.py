@@ -142,7 +142,8 @@ def _default(value: object) -> str:
         return f"[{', '.join(map(str, value))}]"
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else str(value)
+    nothing = value is None or (isinstance(value, BaseModel) and value == type(value)())
+    return "none" if nothing else str(value)
 
 
 def setting_rows(model: type[BaseModel]) -> str:

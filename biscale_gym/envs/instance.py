@@ -16,6 +16,7 @@ from biscale_gym.envs.episodes import Episode, EpisodeSource
 from biscale_gym.envs.setting import Setting
 from biscale_gym.envs.settings import InstanceEnvSettings
 from biscale_gym.envs.share import routed_share
+from biscale_gym.envs.shield import shield_params
 from biscale_gym.envs.single import SingleEnv
 from biscale_gym.envs.vector import NativeVectorEnv
 from biscale_gym.profiles import Profile
@@ -45,6 +46,7 @@ class InstanceSetting(Setting):
 
     def __init__(self, scenario: str, settings: dict[str, Any]) -> None:
         super().__init__(scenario, settings)
+        self.params = np.concatenate([self.params, shield_params(self.settings.shield)])
         low, high = layout.bounds(self.phase, len(self.grid))
         self.observation_space = spaces.Box(low, high, dtype=np.float32)
         self.observation_names = layout.names(self.phase, len(self.grid))
@@ -89,6 +91,7 @@ class InstanceSetting(Setting):
         lane["decide_every"] = self.settings.decide_every
         lane["reference_w"] = self.settings.reference_w_per_gpu * int(inst["tp"])
         lane["baseline_w"] = self.settings.baseline_w_per_gpu * int(inst["tp"])
+        lane["guarded"] = 0
         lane["energy_j"] = lanes.energy_now_j(simulator.state, 0)
         lane["violations"] = inst["late"] + simulator.state.glob[0]["rejected"]
         lane["completed"] = inst["completed"]

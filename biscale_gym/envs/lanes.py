@@ -22,6 +22,7 @@ from biscale_gym.cluster.policy import MEMORY_SIZE
 from biscale_gym.cluster.prefetch import LINE_BYTES, prefetch, prefetch_request
 from biscale_gym.cluster.state import ARRIVAL, FINISHED, INSTANCE, PREFILL, REJECTED, WAITING_DECODE, State
 from biscale_gym.envs.encoding import FIRST, encode_decode, encode_prefill, grid_of
+from biscale_gym.envs.shield import guarded, raised_decode, raised_prefill
 
 _f, _i = np.float64, np.int64
 
@@ -39,6 +40,8 @@ LANE = np.dtype(
         ("energy_j", _f),
         ("violations", _i),
         ("completed", _i),
+        # of the shield: whether its guard of KV memory holds the clock
+        ("guarded", _i),
     ],
     align=True,
 )
@@ -131,6 +134,20 @@ def _at_boundary(st: State) -> bool:
     return int(st.obs[phase][f.REASON]) == f.BOUNDARY
 
 
+@inlined
+def _shielded(st: State, lane: Any, params: Any, clock: int) -> int:
+    """The clock that the shield makes of the agent's, for the decision that waits."""
+    inst = st.inst[0]
+    model = st.predicted[inst.predicted_start : inst.predicted_stop]
+    if inst.phase == PREFILL:
+        return int(raised_prefill(st.obs[0], params, model, clock))
+    lane.guarded = 1 if guarded(st.obs[1], params, lane.guarded > 0) else 0
+    if lane.guarded > 0 and int(st.obs[1][f.REASON]) != f.IDLE:
+        grid, n = grid_of(params)
+        return int(params[grid + n - 1])
+    return int(raised_decode(st.obs[1], params, model, clock))
+
+
 @compiled
 def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any) -> int:
     """Answer a lane's decision, run it on, and tell what came of it."""
@@ -141,12 +158,13 @@ def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any
         grid, n = grid_of(params)
         if action < 0 or action >= n:
             return BAD_ANSWER
-        clock = int(params[grid + action])
+        clock = _shielded(st, lane, params, int(params[grid + action]))
         if _at_boundary(st):
             keep = lane.decide_every - 1
     reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
     while keep > 0 and reached == DECISION and _at_boundary(st):
         keep -= 1
+        clock = _shielded(st, lane, params, clock)
         reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
     if reached == DECISION:
         i = st.glob[0].pending_instance
@@ -214,7 +232,7 @@ def step_lane(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms:
     Args:
         handle: int64[handle.SIZE].
         lane: LANE[1].
-        params: float64[any] that begins with ``encoding.encoder_params``.
+        params: float64[any], ``encoding.encoder_params``, then ``shield.shield_params``.
         action: index into the grid of clocks; ignored if no decision waits.
         obs: float32[layout.size], written.
         terms: float64[TERMS], written.

@@ -22,7 +22,8 @@ from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.envs import layout
 from biscale_gym.envs.encoding import encode_decode, encode_prefill, encoder_params, grid_of
 from biscale_gym.envs.network import Activation, Matrix, ModelError, Network, read_network, write_network
-from biscale_gym.profiles.kernels import decode_latency, iteration_latency
+from biscale_gym.envs.shield import NO_SHIELD, ShieldSettings, guarded, raised_decode, raised_prefill, shield_params
+from biscale_gym.envs.shield import SIZE as SHIELD
 
 Vector = NDArray[np.float64]
 Head = Literal["argmax", "squashed", "clipped"]
@@ -32,37 +33,17 @@ HEADS: tuple[Head, ...] = ("argmax", "squashed", "clipped")
 FORMAT = 1
 """Of the two files."""
 
-# Params after the encoder's.
-ACTIVATION = 0
-EVERY = 1
-KV_HIGH = 2
-KV_LOW = 3
-HEADROOM = 4
-HEAD = 5
-LAYERS = 6
+# Params after the encoder's and the shield's.
+ACTIVATION = SHIELD
+EVERY = SHIELD + 1
+HEAD = SHIELD + 2
+LAYERS = SHIELD + 3
 """How many layers; then inputs of the first, outputs of each, and each layer's weights [inputs, outputs] and biases."""
 
 # Memory, below the encoder's.
 KEPT_FOR = 0
 """Decisions since the last choice, plus 1; 0 before the first."""
 KV_GUARDED = 1
-
-
-@dataclass(frozen=True)
-class Shield:
-    """What overrules the network, by name.
-
-    Attributes:
-        kv_high: KV utilisation above which a decode instance is held at the highest clock; None: no such guard.
-        kv_low: utilisation below which it is released.
-        headroom: the clock is raised to the first that is predicted to keep within this share of the SLO what is at
-            hand: a decode instance's next iteration, or, all run at one clock, a prefill instance's projected batches;
-            to the highest where none does. None: it is not.
-    """
-
-    kv_high: float | None = None
-    kv_low: float = 0.0
-    headroom: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +75,7 @@ class ClockMLP:
     head: Head = "argmax"
     decision_points: tuple[str, ...] = ("boundary", "idle")
     decide_every: int = 1
-    shield: Shield = Shield()
+    shield: ShieldSettings = NO_SHIELD
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,13 +136,10 @@ class ClockMLP:
 
     def _params(self, clocks_mhz: Sequence[int]) -> Vector:
         encoder = encoder_params(clocks_mhz, [list(clocks_mhz).index(clock) for clock in self.clocks_mhz])
-        kv_high = np.inf if self.shield.kv_high is None else self.shield.kv_high
         head = [
+            *shield_params(self.shield),
             ACTIVATIONS.index(self.activation),
             self.decide_every,
-            kv_high,
-            self.shield.kv_low,
-            0.0 if self.shield.headroom is None else self.shield.headroom,
             HEADS.index(self.head),
             len(self.weights),
             self.weights[0].shape[0],
@@ -180,11 +158,7 @@ class ClockMLP:
             "head": self.head,
             "decision_points": list(self.decision_points),
             "decide_every": self.decide_every,
-            "shield": {
-                "kv_high": self.shield.kv_high,
-                "kv_low": self.shield.kv_low,
-                "headroom": self.shield.headroom,
-            },
+            "shield": self.shield.model_dump(),
             "about": self.about,
         }
         write_network(path, self.network, FORMAT, description)
@@ -211,7 +185,7 @@ def load_model(path: Path) -> ClockMLP:
             head=described["head"],
             decision_points=tuple(described["decision_points"]),
             decide_every=int(described["decide_every"]),
-            shield=Shield(**described["shield"]),
+            shield=ShieldSettings(**described["shield"]),
             about=described["about"],
         )
     except (KeyError, TypeError) as error:
@@ -295,72 +269,18 @@ def _kept(obs: Vector, memory: Vector, every: int) -> bool:
     return False
 
 
-@njit(cache=True, error_model="numpy")
-def _raised(params: Vector, clock: int, needed: int) -> int:
-    """The greater of a clock and of that at a position of the grid, which may be one past the last."""
-    grid, n = grid_of(params)
-    return max(clock, int(params[grid + min(needed, n - 1)]))
-
-
-@njit(cache=True, error_model="numpy")
-def _first_in_time(params: Vector, headroom: float, margins: NDArray[np.float32]) -> int:
-    """Position of the first clock whose margin leaves ``1 - headroom`` of the SLO; their count if none does."""
-    for position in range(margins.size):
-        if margins[position] >= 1.0 - headroom:
-            return position
-    return int(margins.size)
-
-
 @njit(POLICY_SIGNATURE, cache=True, error_model="numpy")
 def prefill_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) -> int:
     """The network's clock for a prefill instance."""
     grid, n = grid_of(params)
     head = grid + n
-    headroom = params[head + HEADROOM]
-    kept = _kept(obs, memory, int(params[head + EVERY]))
-    if kept and headroom == 0.0:
-        return int(obs[f.TARGET])
-    row = np.empty(int(params[head + LAYERS + 1]), np.float32)
-    encode_prefill(obs, memory, params, model, row)
     clock = int(obs[f.TARGET])
-    if not kept:
+    if not _kept(obs, memory, int(params[head + EVERY])):
+        row = np.empty(int(params[head + LAYERS + 1]), np.float32)
+        encode_prefill(obs, memory, params, model, row)
         values = np.empty(2 * _widest(params, head))
         clock = int(params[grid + _position(params, head, values, row)])
-    if headroom > 0.0 and int(obs[f.REASON]) != f.IDLE:
-        # The observation ends with a margin per clock.
-        clock = _raised(params, clock, _first_in_time(params, headroom, row[row.size - n :]))
-    return clock
-
-
-@njit(cache=True, error_model="numpy")
-def _guarded(obs: Vector, memory: Vector, high: float, low: float) -> bool:
-    """Whether KV memory has been above ``high`` since it was last below ``low``."""
-    used, capacity = obs[f.KV_TOKENS], obs[f.KV_CAPACITY_TOKENS]
-    if memory[KV_GUARDED] > 0.0:
-        if used < low * capacity:
-            memory[KV_GUARDED] = 0.0
-    elif used > high * capacity:
-        memory[KV_GUARDED] = 1.0
-    return bool(memory[KV_GUARDED] > 0.0)
-
-
-@njit(cache=True, error_model="numpy")
-def _first_within(obs: Vector, params: Vector, model: Vector, clock: int, limit_s: float) -> int:
-    """Grid position of the first clock from ``clock`` on whose next iteration is within ``limit_s``, or their count."""
-    grid, n = grid_of(params)
-    batch, kv_tokens = obs[f.BATCH], obs[f.BATCH_KV_TOKENS]
-    for position in range(n):
-        one = int(params[grid + position])
-        if one < clock:
-            continue
-        if obs[f.RECOMPUTE_TOKENS] > 0.0:
-            recompute = obs[f.RECOMPUTE_TOKENS]
-            lasts_s = iteration_latency(model, one, batch, kv_tokens, recompute, obs[f.RECOMPUTE_SUM_SQ])
-        else:
-            lasts_s = decode_latency(model, one, batch, kv_tokens)
-        if lasts_s <= limit_s:
-            return position
-    return n
+    return int(raised_prefill(obs, params, model, clock))
 
 
 @njit(POLICY_SIGNATURE, cache=True, error_model="numpy")
@@ -369,9 +289,9 @@ def decode_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) -> 
     grid, n = grid_of(params)
     head = grid + n
     idle = int(obs[f.REASON]) == f.IDLE
-    guarded = _guarded(obs, memory, params[head + KV_HIGH], params[head + KV_LOW])
+    memory[KV_GUARDED] = 1.0 if guarded(obs, params, memory[KV_GUARDED] > 0.0) else 0.0
     kept = _kept(obs, memory, int(params[head + EVERY]))
-    if guarded and not idle:
+    if memory[KV_GUARDED] > 0.0 and not idle:
         return int(params[grid + n - 1])
     clock = int(obs[f.TARGET])
     if not kept:
@@ -379,7 +299,4 @@ def decode_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) -> 
         encode_decode(obs, memory, params, model, row)
         values = np.empty(2 * _widest(params, head))
         clock = int(params[grid + _position(params, head, values, row)])
-    if params[head + HEADROOM] > 0.0 and not idle:
-        limit_s = params[head + HEADROOM] * obs[f.SLO_S]
-        clock = _raised(params, clock, _first_within(obs, params, model, clock, limit_s))
-    return clock
+    return int(raised_decode(obs, params, model, clock))

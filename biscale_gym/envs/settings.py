@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from biscale_gym.config import Settings
+from biscale_gym.envs.shield import NO_SHIELD, ShieldSettings
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -120,12 +121,14 @@ class InstanceEnvSettings(EpisodeSettings, RewardSettings):
             other decision point than a batch about to start is a choice of its own.
         baseline_w_per_gpu: power that costs no reward: joules count from there, less of them as a gain. With
             ``discount_per_s`` it changes no policy's rank, and returns stay near 0, which value functions learn faster.
+        shield: what overrules the agent's clocks, as it does a learned policy's in service.
     """
 
     instance: Annotated[int, Field(ge=0)] | None = None
     decision_points: tuple[DecisionPoint, ...] = ("boundary", "idle")
     decide_every: Annotated[int, Field(ge=1)] = 1
     baseline_w_per_gpu: NonNegative = 0.0
+    shield: ShieldSettings = NO_SHIELD
 
     @model_validator(mode="after")
     def _asked_at_boundaries(self) -> InstanceEnvSettings:

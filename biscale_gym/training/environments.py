@@ -15,6 +15,7 @@ from biscale_gym.control.scenario import load_scenario
 from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.saved import Saved, joined, restore_lanes, saved_lanes
 from biscale_gym.envs.settings import RewardSettings
+from biscale_gym.envs.shield import NO_SHIELD
 from biscale_gym.envs.wrappers import vector as vector_wrappers
 from biscale_gym.sb3 import GymnasiumVecEnv
 from biscale_gym.training.errors import TrainingError
@@ -242,11 +243,22 @@ def make_lanes(settings: TrainingSettings) -> LanesVecEnv:
     """All lanes of a run.
 
     Raises:
-        TrainingError: scenarios with different spaces; as ``make_part``.
+        TrainingError: scenarios with different spaces; a shield where there can be none; as ``make_part``.
     """
     count = len(settings.scenarios)
     shares = [settings.lanes // count + (number < settings.lanes % count) for number in range(count)]
-    parts = [make_part(settings, name, lanes) for name, lanes in zip(settings.scenarios, shares, strict=True)]
+    shielded: dict[str, Any] = {}
+    if settings.shield != NO_SHIELD:
+        if settings.env_id not in INSTANCES:
+            raise TrainingError(
+                f"shield: only clock policies of one instance have one ({', '.join(INSTANCES)}), not {settings.env_id}"
+            )
+        # The evaluation's environments have none: there the exported policy is played, which has its own.
+        if settings.train_shielded:
+            shielded["shield"] = settings.shield.model_dump()
+    parts = [
+        make_part(settings, name, lanes, **shielded) for name, lanes in zip(settings.scenarios, shares, strict=True)
+    ]
     first = parts[0]
     for name, part in zip(settings.scenarios, parts, strict=True):
         if part.observation_space != first.observation_space or part.action_space != first.action_space:

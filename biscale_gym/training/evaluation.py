@@ -19,13 +19,14 @@ from biscale_gym.control.scenario import load_scenario
 from biscale_gym.envs.mlp import ClockMLP
 from biscale_gym.envs.policies import ControllerPolicy, HighestClock, PlannerPolicy
 from biscale_gym.envs.settings import TRACES
+from biscale_gym.envs.shield import NO_SHIELD
 from biscale_gym.planning import table_cache
 from biscale_gym.sb3 import GymnasiumVecEnv
 from biscale_gym.training.algorithms import find_algorithm
 from biscale_gym.training.environments import PLACEMENT, env_arguments, make_part
 from biscale_gym.training.errors import TrainingError
 from biscale_gym.training.export import clock_model
-from biscale_gym.training.settings import ShieldSettings, TrainingSettings
+from biscale_gym.training.settings import TrainingSettings
 
 ENERGY = {"BiScale/Prefill-v0": "prefill_energy_j", "BiScale/Decode-v0": "decode_energy_j"}
 """What an environment of one phase is judged by; the others by ``total_energy_j``."""
@@ -295,10 +296,10 @@ class Evaluator:
     def score(self, model: Any) -> Score:
         """Evaluate an SB3 model, with its most likely actions; with its shield, where the run gives it one."""
         settings = self._settings
-        if settings.shield != ShieldSettings():
+        if settings.shield != NO_SHIELD:
             clocks = clock_model(model, settings, {})
             if clocks is None:
-                raise TrainingError("shield: only clock policies of one instance have one, this run trains another")
+                raise TrainingError("shield: only compiled clock policies have one, and this run's wrappers allow none")
             guarded = {scenario: _guarded(settings, scenario, clocks) for scenario in settings.scenarios}
             return judged(settings, guarded, self.references())
         masked = find_algorithm(settings.algorithm).masked

@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from biscale_gym.config import config_hash
 from biscale_gym.control.scenario import load_scenario
-from biscale_gym.envs.mlp import ClockMLP, Head, Shield
+from biscale_gym.envs.mlp import ClockMLP, Head
 from biscale_gym.envs.network import Activation, Network
 from biscale_gym.envs.placement import PlacementEnv
 from biscale_gym.envs.placement_mlp import PlacementMLP, kinds_of
@@ -84,7 +84,7 @@ def clock_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[st
         head=head,
         decision_points=tuple(settings.env.get("decision_points", ("boundary", "idle"))),
         decide_every=int(settings.env.get("decide_every", 1)),
-        shield=Shield(**settings.shield.model_dump()),
+        shield=settings.shield,
         about=about,
     )
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from biscale_gym.config import Settings, nearest
 from biscale_gym.envs.settings import EnvSplit
+from biscale_gym.envs.shield import NO_SHIELD, ShieldSettings
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -142,20 +143,6 @@ class CurriculumSettings(Settings):
     over: Share = 0.5
 
 
-class ShieldSettings(Settings):
-    """What overrules an exported clock policy (``biscale_gym.envs.mlp.Shield``); training goes without.
-
-    Attributes:
-        kv_high: KV utilisation above which a decode instance is held at the highest clock; None: never.
-        kv_low: utilisation below which it is released.
-        headroom: share of the SLO within which clocks are raised to keep what is at hand; None: they are not.
-    """
-
-    kv_high: Share | None = None
-    kv_low: NonNegative = 0.0
-    headroom: Share | None = None
-
-
 class EarlyStopSettings(Settings):
     """When to give up.
 
@@ -191,7 +178,8 @@ class TrainingSettings(Settings):
         threads: of torch and of the lanes' compiled step. Another number may change torch's sums, and with them the
             weights; on small networks and a machine with other work more than one is slower.
         evaluation, constraint, warm_start, curriculum, early_stop: as their classes say; None: without.
-        shield: of the exported clock policy.
+        shield: of the exported clock policy, in evaluation and service.
+        train_shielded: whether the lanes have it too.
         checkpoint_every_s: seconds of wall time between checkpoints; 0: at every iteration.
     """
 
@@ -215,7 +203,8 @@ class TrainingSettings(Settings):
     warm_start: WarmStartSettings | None = None
     curriculum: CurriculumSettings | None = None
     early_stop: EarlyStopSettings | None = None
-    shield: ShieldSettings = ShieldSettings()
+    shield: ShieldSettings = NO_SHIELD
+    train_shielded: bool = True
     checkpoint_every_s: NonNegative = 300.0
 
     @model_validator(mode="after")
@@ -223,6 +212,8 @@ class TrainingSettings(Settings):
         for name in ("scenario", "split", "render_mode"):
             if name in self.env:
                 raise ValueError(f"env.{name}: a run trains on split train of its scenarios; remove it")
+        if "shield" in self.env:
+            raise ValueError("env.shield: the lanes' shield is the run's; set shield and train_shielded instead")
         for scenario, own in self.scenario_env.items():
             if scenario not in self.scenarios:
                 raise ValueError(f"scenario_env: {nearest(scenario, list(self.scenarios))}")

@@ -17,8 +17,9 @@ import biscale_gym  # noqa: F401 - registers the environments
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.policy import MEMORY_SIZE
 from biscale_gym.envs import layout
-from biscale_gym.envs.mlp import ClockMLP, Shield, decode_clock, load_model
+from biscale_gym.envs.mlp import ClockMLP, decode_clock, load_model
 from biscale_gym.envs.network import ModelError
+from biscale_gym.envs.shield import NO_SHIELD, ShieldSettings
 from tests.envs.test_policies import assert_same, simulated
 
 CLOCKS_MHZ = (750, 930, 1110, 1290, 1470, 1650, 1830)
@@ -100,10 +101,17 @@ def played(env: Any, model: ClockMLP) -> set[int]:
     return actions
 
 
+SHIELDED = {"kv_high": 0.02, "kv_low": 0.01, "headroom": 0.2}
+"""Tight enough to act on the scenario smoke."""
+
+
+@pytest.mark.parametrize("shield", [{}, SHIELDED], ids=["bare", "shielded"])
 @pytest.mark.parametrize("head", ["argmax", "squashed", "clipped"])
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_the_compiled_policy_acts_as_the_model_in_its_environment(phase: str, every: int, head: str) -> None:
+def test_the_compiled_policy_acts_as_the_model_in_its_environment(
+    phase: str, every: int, head: str, shield: dict[str, float]
+) -> None:
     points = POINTS if phase == "prefill" else ("boundary", "idle")
     env: Any = gymnasium.make(
         f"BiScale/{phase.capitalize()}-v0",
@@ -111,12 +119,14 @@ def test_the_compiled_policy_acts_as_the_model_in_its_environment(phase: str, ev
         episode_s=20.0,
         decision_points=points,
         decide_every=every,
+        shield=shield,
         overrides=OVERRIDES,
     )
     outputs = len(CLOCKS_MHZ) if head == "argmax" else 1
     for seed in range(40):
         layers = network(phase, outputs, "relu", seed, gain=4.0)
-        model = model_of(layers, phase, head, decision_points=points, decide_every=every)
+        overruled = ShieldSettings(**shield)
+        model = model_of(layers, phase, head, decision_points=points, decide_every=every, shield=overruled)
         if len(played(env, model)) > 2:
             break
     else:
@@ -146,9 +156,10 @@ def test_a_kept_clock_is_decided_anew_after_so_many_batches() -> None:
 
 
 def test_the_kv_guard_holds_the_highest_clock_until_memory_is_free() -> None:
-    model = model_of(network("decode", len(CLOCKS_MHZ), "relu"), "decode", shield=Shield(kv_high=0.8, kv_low=0.5))
+    shield = ShieldSettings(kv_high=0.8, kv_low=0.5)
+    model = model_of(network("decode", len(CLOCKS_MHZ), "relu"), "decode", shield=shield)
     params = model.policy(CLOCKS_MHZ, 0.1).params
-    bare = replace(model, shield=Shield()).policy(CLOCKS_MHZ, 0.1).params
+    bare = replace(model, shield=NO_SHIELD).policy(CLOCKS_MHZ, 0.1).params
     env: Any = gymnasium.make("BiScale/Decode-v0", scenario="smoke", episode_s=10.0, overrides=OVERRIDES)
     env.reset(seed=0)
     state = env.unwrapped.simulator.state

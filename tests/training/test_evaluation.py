@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from biscale_gym.config import ConfigError
+from biscale_gym.control.scenario import load_scenario
 from biscale_gym.envs.policies import ControllerPolicy, HighestClock
 from biscale_gym.training.algorithms import make_model
 from biscale_gym.training.environments import make_lanes
@@ -126,8 +128,28 @@ def test_a_shielded_policy_is_judged_with_its_shield(tiny: Any) -> None:
     assert alone.ratios["max-clock"] < 0.9
 
 
+@pytest.mark.parametrize("shielded", [True, False])
+def test_a_policy_trains_under_its_shield(shielded: bool, tiny: Any) -> None:
+    changes = {"env_id": "BiScale/Decode-v0", "shield": {"headroom": 0.01}, "train_shielded": shielded}
+    lanes = make_lanes(tiny(changes))
+    lanes.reset()
+    for _ in range(20):
+        lanes.step(np.zeros(lanes.num_envs, np.int64))
+    # The lowest clock is asked for, and no iteration is within a hundredth of the SLO at any.
+    clocks_mhz = load_scenario("smoke").clocks_mhz
+    asked = {one.clocks_mhz[one.state.inst[0]["target"]] for one in lanes.get_attr("simulator")}
+    assert asked == {clocks_mhz[-1] if shielded else clocks_mhz[0]}
+
+
+def test_the_lanes_shield_is_the_runs(tiny: Any) -> None:
+    with pytest.raises(ConfigError, match=r"env\.shield"):
+        tiny({"env.shield": {"headroom": 0.9}})
+
+
 def test_a_shield_of_what_is_no_clock_policy_is_refused(tiny: Any) -> None:
-    settings = tiny({"env_id": "BiScale/Cluster-v0", "shield": {"headroom": 0.9}})
+    with pytest.raises(TrainingError, match="shield"):
+        make_lanes(tiny({"env_id": "BiScale/Cluster-v0", "shield": {"headroom": 0.9}}))
+    settings = tiny({"shield": {"headroom": 0.9}, "wrappers": ["ClockDeltas"]})
     model = make_model(settings, make_lanes(settings))
     with pytest.raises(TrainingError, match="shield"):
         Evaluator(settings).score(model)
