@@ -27,13 +27,14 @@ import tyro
 from biscale_gym.config import load_preset
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
-from biscale_gym.live import vllm_engine
 from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.status import BLOCK_BYTES
-from biscale_gym.live.vllm_engine import Engine
+from biscale_gym.live.vllm_adapter.engine import Engine
+from biscale_gym.live.vllm_adapter.install import require_vllm
+from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID, write_model
 from biscale_gym.live.worker import WorkerRun
 
 ARMS = ("off", "on", "watched")
@@ -65,7 +66,7 @@ def median_step_ms(engine: Engine, run: WorkerRun, count: int) -> list[float]:
 def measured(engine: Engine, runs: dict[str, WorkerRun], batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """One batch size: median step of every arm and round."""
     longest = 2 * len(ARMS) * rounds * steps
-    prompt = np.random.default_rng(batch).integers(vllm_engine.FIRST_TOKEN_ID, 1000, PROMPT_TOKENS, dtype=np.int32)
+    prompt = np.random.default_rng(batch).integers(FIRST_TOKEN_ID, 1000, PROMPT_TOKENS, dtype=np.int32)
     names = [f"{batch}.{number}" for number in range(batch)]
     now_s = runs["on"].governor.now_s()
     engine.unhook()
@@ -118,13 +119,13 @@ def main(
         controller: whose decode policy.
         json_to: file for the figures as JSON; "-": standard output.
     """
-    vllm_engine.require_vllm()
+    require_vllm()
     chosen, settings = load_scenario(scenario), load_preset(LiveSettings, "live", "cpu")
     context = prepared(chosen, None, 0)[1]
     tp = next(group.tp for group in chosen.placement if group.phase == "decode")
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
-        model = vllm_engine.write_model(Path(folder) / "model", settings.model, settings.max_model_len)
+        model = write_model(Path(folder) / "model", settings.model, settings.max_model_len)
         budget, sequences = chosen.cluster.batching.prefill_token_budget, chosen.cluster.batching.max_decode_sequences
         setup = m.Setup(
             "decode-0", "decode", tp, model, settings, free_port(), budget, sequences, bytearray(BLOCK_BYTES)

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import biscale_gym
-from biscale_gym.live.vllm_engine import TESTED
+from biscale_gym.live.vllm_adapter.install import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = [

@@ -1,9 +1,9 @@
 """One run on vLLM servers that are already running, reached by URL.
 
 The client is a proxy and a replay in one: requests are sent at the trace's arrival times, each takes the two hops of
-``vllm_server``, and latencies are what this side of the connections sees. What the servers know of themselves is read
-from their metrics. Clocks are theirs: a server started with the plugin classes has a governor that this client tells
-whose policies to apply; without one nothing is set, and no joule is known (*observe-only*).
+``vllm_adapter.server``, and latencies are what this side of the connections sees. What the servers know of themselves
+is read from their metrics. Clocks are theirs: a server started with the plugin classes has a governor that this client
+tells whose policies to apply; without one nothing is set, and no joule is known (*observe-only*).
 
 A server is taken for dead when it refuses connections, for hung when it answers no request for ``hung_s``. Its requests
 are served from the start again, on other servers or when it is back, a bounded number of times.
@@ -28,7 +28,6 @@ from biscale_gym.config import load_preset
 from biscale_gym.control.controllers import PlanContext, make_controller, parsed_variant
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
-from biscale_gym.live import vllm_server as v
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.governed import ARRIVAL, FIRST_TOKEN
 from biscale_gym.live.governor_link import GovernorLink
@@ -39,7 +38,9 @@ from biscale_gym.live.served import Served, ledger_of
 from biscale_gym.live.servers import Server, connect, pick, welcome
 from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
-from biscale_gym.live.vllm_engine import FIRST_TOKEN_ID
+from biscale_gym.live.vllm_adapter import server as v
+from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID
+from biscale_gym.live.vllm_adapter.options import FETCHED
 from biscale_gym.traces import Trace
 
 OBSERVE_ONLY = "observe-only"
@@ -64,7 +65,7 @@ class _MetricsFile:
 
     def put(self, now_s: float, metrics: v.Metrics, prompt_tokens: Mapping[str, int]) -> None:
         """A line; the prompt tokens are those of this run."""
-        fetched = prompt_tokens.get(v.FETCHED, 0)
+        fetched = prompt_tokens.get(FETCHED, 0)
         computed = sum(prompt_tokens.values()) - fetched
         self._put(
             f"{now_s:.3f}", metrics.running, metrics.waiting, f"{metrics.kv_usage:.6g}", str(computed), str(fetched)

@@ -27,7 +27,6 @@ from biscale_gym.envs import cluster_lanes as lanes
 from biscale_gym.envs.cluster import ClusterSetting
 from biscale_gym.envs.episodes import Episode
 from biscale_gym.envs.errors import EnvironmentUsageError, no_render_mode, refused_action
-from biscale_gym.live import vllm_engine
 from biscale_gym.live.episode_records import EpisodeRecord
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.messages import Variant
@@ -35,6 +34,7 @@ from biscale_gym.live.mirror import Seen, mirror, mirror_requests
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.settings import LiveEnvSettings, LiveSettings
+from biscale_gym.live.vllm_adapter.install import require_vllm
 
 Observation = npt.NDArray[np.float32]
 LOOK_S = 0.05
@@ -120,7 +120,7 @@ class LiveEnv(gymnasium.Env[Observation, Any]):
     _in_time: ClassVar[dict[str, float]] = {"overrun_s": 0.0, "intervals_missed": 0}
 
     def __init__(self, scenario: str = "live-smoke", render_mode: str | None = None, **settings: Any) -> None:
-        vllm_engine.require_vllm()
+        require_vllm()
         if render_mode is not None:
             raise no_render_mode(self.metadata)
         self.setting = LiveSetting(scenario, settings)

@@ -36,7 +36,14 @@ from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPr
 from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.records import RecordStream
 from biscale_gym.live.session import prepared
-from biscale_gym.live.vllm_engine import Held, batch_of, finished_requests, held_requests, kv_usage, limits_of
+from biscale_gym.live.vllm_adapter.scheduler import (
+    Held,
+    batch_of,
+    finished_requests,
+    held_requests,
+    kv_usage,
+    limits_of,
+)
 
 VARIABLE = "BISCALE_GYM_GOVERNOR"
 ARRIVAL, FIRST_TOKEN = "biscale_arrival_s", "biscale_first_token_s"
@@ -44,7 +51,6 @@ ARRIVAL, FIRST_TOKEN = "biscale_arrival_s", "biscale_first_token_s"
 IDLE_BEAT_S = 0.5
 SOCKET_PATH_LIMIT = 100
 """Bytes; the kernel's limit is 107."""
-SCHEDULER_CLASS = "biscale_gym.live.plugin.GovernedScheduler"
 
 
 class EmulatedDeviceSettings(Settings):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from biscale_gym.cluster.placement import Phase
 from biscale_gym.control.controllers import Controller, PlanContext, make_controller, parsed_variant
 from biscale_gym.live.settings import LiveSettings
-from biscale_gym.live.vllm_engine import Output
+from biscale_gym.live.vllm_adapter.engine import Output
 
 
 @dataclass(frozen=True, slots=True)

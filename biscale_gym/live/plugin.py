@@ -10,15 +10,15 @@ Both are made when they are asked for: importing this module imports no vLLM.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from biscale_gym.live import vllm_engine
 from biscale_gym.live.governed import ServerGovernor, read_setting
+from biscale_gym.live.vllm_adapter.cpu import cpu_worker
+from biscale_gym.live.vllm_adapter.scheduler import governed_scheduler
 
 
 def _scheduler() -> type:
-    class GovernedScheduler(vllm_engine.governed_scheduler()):  # type: ignore[misc]
+    class GovernedScheduler(governed_scheduler()):  # type: ignore[misc]
         """vLLM's scheduler with a governor."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,13 +33,7 @@ def _scheduler() -> type:
     return GovernedScheduler
 
 
-def _cpu_worker() -> type:
-    vllm_engine.make_fit()
-    worker: Any = import_module("vllm.v1.worker.cpu_worker").CPUWorker
-    return type("CpuWorker", (worker,), {"__module__": __name__, "__doc__": "vLLM's worker for CPUs."})
-
-
-_MADE = {"GovernedScheduler": _scheduler, "CpuWorker": _cpu_worker}
+_MADE = {"GovernedScheduler": _scheduler, "CpuWorker": cpu_worker}
 
 
 def __getattr__(name: str) -> type:

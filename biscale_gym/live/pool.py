@@ -18,10 +18,13 @@ from typing import Any
 from biscale_gym.cluster.placement import Phase
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live import messages as m
-from biscale_gym.live import vllm_engine, worker
+from biscale_gym.live import worker
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.status import BLOCK_BYTES, Status, clear_status, read_status
+from biscale_gym.live.vllm_adapter.install import require_vllm
+from biscale_gym.live.vllm_adapter.model import write_model
+from biscale_gym.live.vllm_adapter.options import ENVIRONMENT, PRELOAD
 
 STOP_LIMIT_S = 10.0
 
@@ -95,7 +98,7 @@ class WorkerProcess:
         context = _forkserver()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=worker.main, args=(self.setup, theirs), daemon=True)
-        with _environment(vllm_engine.ENVIRONMENT):
+        with _environment(ENVIRONMENT):
             self._process.start()
         theirs.close()
         self.heard_s = time.monotonic()
@@ -194,11 +197,11 @@ class Pool:
     """
 
     def __init__(self, scenario: ScenarioSettings, settings: LiveSettings, folder: Path) -> None:
-        vllm_engine.require_vllm()
+        require_vllm()
         self.settings = settings
         self._scenario = scenario
-        model = vllm_engine.write_model(folder / "model", settings.model, settings.max_model_len)
-        _forkserver().set_forkserver_preload([*vllm_engine.PRELOAD, worker.__name__])
+        model = write_model(folder / "model", settings.model, settings.max_model_len)
+        _forkserver().set_forkserver_preload([*PRELOAD, worker.__name__])
         self.workers: list[WorkerProcess] = []
         counts: dict[Phase, int] = {"prefill": 0, "decode": 0}
         for group in scenario.placement:

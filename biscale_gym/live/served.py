@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from biscale_gym.cluster.ledger import RequestLedger
 from biscale_gym.cluster.placement import Phase
-from biscale_gym.live.vllm_engine import FIRST_TOKEN_ID
+from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID
 
 
 @dataclass(slots=True)

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.control.scenario import ScenarioSettings
-from biscale_gym.live import vllm_server as v
 from biscale_gym.live.errors import LiveError
-from biscale_gym.live.governed import SCHEDULER_CLASS, VARIABLE, EmulatedDeviceSettings, GovernorSettings, socket_path
+from biscale_gym.live.governed import VARIABLE, EmulatedDeviceSettings, GovernorSettings, socket_path
 from biscale_gym.live.governor_link import GovernorLink
 from biscale_gym.live.http_client import ServerGone, ServerRefused, Url, fetch
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.settings import LiveSettings
-from biscale_gym.live.vllm_engine import TESTED, require_vllm, write_model
+from biscale_gym.live.vllm_adapter import server as v
+from biscale_gym.live.vllm_adapter.install import TESTED, require_vllm
+from biscale_gym.live.vllm_adapter.model import write_model
 
 STOP_LIMIT_S = 20.0
 PR_SET_PDEATHSIG = 1
@@ -143,7 +144,7 @@ def connect(urls: Mapping[Phase, Sequence[str]], scenario: ScenarioSettings, gov
     if without:
         print(
             "biscale-gym: observe-only: these servers have no governor, so no clock is set and no energy known; start "
-            f"them with --scheduler-cls {SCHEDULER_CLASS} and ${VARIABLE}, and name the folder of their --governors",
+            f"them with --scheduler-cls {v.SCHEDULER_CLASS} and ${VARIABLE}, and name the folder of their --governors",
             file=sys.stderr,
         )
     return servers

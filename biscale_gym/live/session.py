@@ -18,6 +18,7 @@ from biscale_gym.live.messages import Variant
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.vllm_adapter.options import FETCHED
 from biscale_gym.metrics import tpot_s, ttft_s
 from biscale_gym.traces import Trace
 
@@ -102,7 +103,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             str(outcome.retried),
             *(_quantiles_ms(values_s) for values_s in (ttft, tpot, outcome.itl_s)),
             f"{outcome.energy_j:,.0f} {outcome.source}" if outcome.source else "unknown",
-            f"{outcome.prompt_tokens_by_source.get('external_kv_transfer', 0)} of {outcome.prompt_tokens}",
+            f"{outcome.prompt_tokens_by_source.get(FETCHED, 0)} of {outcome.prompt_tokens}",
             _quantile_ms(outcome.lag_s, 99),
             f"{_quantile(outcome.control_s, 50, 1e3) or 0.0:.3f}",
         )
@@ -126,7 +127,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
             "requests_retried": last.retried,
             "ttft_p50_s": _quantile(ttft_s(last.requests), 50.0),
             "tpot_p50_s": _quantile(tpot_s(last.requests), 50.0),
-            "prompt_tokens_transferred": last.prompt_tokens_by_source.get("external_kv_transfer", 0),
+            "prompt_tokens_transferred": last.prompt_tokens_by_source.get(FETCHED, 0),
             "prompt_tokens_total": last.prompt_tokens,
             "first_tokens_agree": last.first_tokens_agree,
             **({f"{last.source}_energy_j": energy_j} if energy_j else {}),

@@ -24,7 +24,8 @@ from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPr
 from biscale_gym.live.records import RecordStream
 from biscale_gym.live.signals import ending_signals_raise
 from biscale_gym.live.status import StatusWriter
-from biscale_gym.live.vllm_engine import Batch, Engine, Output
+from biscale_gym.live.vllm_adapter.engine import Engine, Output
+from biscale_gym.live.vllm_adapter.scheduler import Batch
 
 BEAT_S = 0.1
 """Period of ``Alive``."""

