@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ import numpy as np
 import tyro
 
 from biscale_gym.config import load_preset
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
+from biscale_gym.live.devices import Device
 from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.setups import setups_of
 from biscale_gym.live.status import BLOCK_BYTES
 from biscale_gym.live.vllm_adapter.engine import Engine
-from biscale_gym.live.vllm_adapter.install import require_vllm
-from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID, write_model
+from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID
 from biscale_gym.live.worker import WorkerRun
 
 ARMS = ("off", "on", "watched")
@@ -49,6 +52,16 @@ class Unmoved(EmulatedDevice):
     def ask_clock(self, clock_mhz: int) -> None:
         """Take the same path as far as the answer, then ask for the top clock."""
         super().ask_clock(max(clock_mhz, self.clocks_mhz[-1]))
+
+
+class UnmovedRun(WorkerRun):
+    """A worker's run on such a card."""
+
+    def open_device(self, context: PlanContext) -> tuple[Device, str]:
+        """The card."""
+        cluster = context.scenario.cluster
+        profile = cluster.profile().for_phase(self.setup.phase)
+        return Unmoved(profile, self.setup.tp, context.clocks_mhz, cluster.switching_settings()), ""
 
 
 def median_step_ms(engine: Engine, run: WorkerRun, count: int) -> list[float]:
@@ -119,22 +132,17 @@ def main(
         controller: whose decode policy.
         json_to: file for the figures as JSON; "-": standard output.
     """
-    require_vllm()
     chosen, settings = load_scenario(scenario), load_preset(LiveSettings, "live", "cpu")
     context = prepared(chosen, None, 0)[1]
-    tp = next(group.tp for group in chosen.placement if group.phase == "decode")
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "model", settings.model, settings.max_model_len)
-        budget, sequences = chosen.cluster.batching.prefill_token_budget, chosen.cluster.batching.max_decode_sequences
-        setup = m.Setup(
-            "decode-0", "decode", tp, model, settings, free_port(), budget, sequences, bytearray(BLOCK_BYTES)
-        )
-        engine = Engine("decode", model, settings, budget, sequences, setup.port)
+        decode = next(setup for setup in setups_of(chosen, settings, Path(folder)) if setup.phase == "decode")
+        setup = replace(decode, port=free_port(), block=bytearray(BLOCK_BYTES))
+        engine = Engine(setup)
         runs: dict[str, WorkerRun] = {}
         for arm in ARMS[1:]:
             told = m.Run(m.Variant.parsed(controller), context, Path(folder) / f"{arm}.csv", TOP_MHZ, arm == "watched")
-            runs[arm] = WorkerRun(setup, engine, told, Unmoved)
+            runs[arm] = UnmovedRun(setup, engine, told)
             runs[arm].go(time.monotonic())
         rows = [measured(engine, runs, batch, rounds, steps) for batch in batches]
         engine.unhook()

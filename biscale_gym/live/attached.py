@@ -44,7 +44,7 @@ from biscale_gym.live.vllm_adapter.options import FETCHED
 from biscale_gym.traces import Trace
 
 OBSERVE_ONLY = "observe-only"
-"""In a controller's place where no server has a governor."""
+"""In a controller's place where no server has a governor, and of a run in which a clock is not set."""
 POLL_S = 0.5
 LEAD_S = 0.2
 
@@ -113,6 +113,7 @@ class AttachedReplay:
         self._settings, self._folder, self._seed = settings, folder, seed
         columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
         self._served = [Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
+        self._vocabulary = settings.dimensions(context.scenario.cluster).vocabulary
         self._longest = min(server.served.max_model_len for server in servers)
         self._run_id = uuid.uuid4().hex[:8]
         self._records: list[Path] = []
@@ -214,7 +215,7 @@ class AttachedReplay:
             served.token_s, served.made, served.kv_params, served.stage = [], 0, None, None
 
     async def _attempt(self, served: Served) -> None:
-        prompt = served.prompt(self._seed, self._settings.model.vocabulary).tolist()
+        prompt = served.prompt(self._seed, self._vocabulary).tolist()
         headers = {v.REQUEST_ID: f"{self._run_id}-{served.id}"}
         told = {ARRIVAL: served.arrival_s}
         async with self._on("prefill", served) as prefill:
@@ -349,6 +350,12 @@ class AttachedReplay:
         self._begin(server, governor)
         governor.go(self._origin_s)
 
+    @property
+    def _mode(self) -> str:
+        governors = [server.governor for server in self._servers]
+        observing = any(governor is None or governor.mode == OBSERVE_ONLY for governor in governors)
+        return OBSERVE_ONLY if observing else "control"
+
     # -- what came of it -----------------------------------------------------------------------------------------------
 
     def _outcome(self, end_s: float) -> Outcome:
@@ -379,7 +386,8 @@ class AttachedReplay:
             retried=self._retried,
             replaced=tuple(self._deaths),
             energy_j=lost_j + sum(report.energy_j for report in self._reports) if self._reports else float("nan"),
-            source=" and ".join(sorted({report.source for report in self._reports})),
+            source=self._servers[0].governor.source if self._servers[0].governor is not None else "",
+            mode=self._mode,
             end_s=end_s,
             prompt_tokens=sum(served.prompt_tokens for served in decoded),
             prompt_tokens_by_source=tokens,

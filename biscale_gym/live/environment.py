@@ -31,10 +31,10 @@ from biscale_gym.live.episode_records import EpisodeRecord
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.messages import Variant
 from biscale_gym.live.mirror import Seen, mirror, mirror_requests
-from biscale_gym.live.pool import Pool
+from biscale_gym.live.pool import Pool, clock_mode
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.settings import LiveEnvSettings, LiveSettings
-from biscale_gym.live.vllm_adapter.install import require_vllm
+from biscale_gym.live.vllm_adapter.install import require_vllm, versions
 
 Observation = npt.NDArray[np.float32]
 LOOK_S = 0.05
@@ -55,6 +55,13 @@ class LiveSetting(ClusterSetting):
                 f"({self.placement.describe()}); live workers have one stage"
             )
         self.workers = load_preset(LiveSettings, "live", self.settings.workers)
+        idle_gpus = self.scenario.cluster.gpus - self.placement.gpus
+        if self.workers.device.kind == "nvml" and idle_gpus:
+            raise ConfigError(
+                f"environment {self.env_id}: {idle_gpus} GPUs of scenario {scenario!r} belong to no instance: "
+                "their joules would be modelled among measured ones; give the cluster as many as its placement takes"
+            )
+        self.workers.deal(self.scenario.placement)
         if self.settings.governor is not None:
             Variant.parsed(self.settings.governor).make()
 
@@ -120,10 +127,10 @@ class LiveEnv(gymnasium.Env[Observation, Any]):
     _in_time: ClassVar[dict[str, float]] = {"overrun_s": 0.0, "intervals_missed": 0}
 
     def __init__(self, scenario: str = "live-smoke", render_mode: str | None = None, **settings: Any) -> None:
-        require_vllm()
         if render_mode is not None:
             raise no_render_mode(self.metadata)
         self.setting = LiveSetting(scenario, settings)
+        require_vllm(self.setting.workers.engine)
         self.render_mode = None
         self.observation_space = self.setting.observation_space
         self.action_space = self.setting.action_space
@@ -291,8 +298,8 @@ class LiveEnv(gymnasium.Env[Observation, Any]):
         return self._obs.copy(), float(self._terms[self.setting.reward_column]), False, over, info
 
     def _info(self) -> dict[str, Any]:
-        sources = sorted({worker.source for worker in self.pool.workers})
-        return {**self.setting.info(self._terms), "energy_source": " and ".join(sources)}
+        workers = self.pool.workers
+        return {**self.setting.info(self._terms), "energy_source": workers[0].source, "clock_mode": clock_mode(workers)}
 
     def _end_episode(self, episode: Episode) -> dict[str, float]:
         """Wait for the drain; figures, and the record of the episode."""
@@ -317,7 +324,8 @@ class LiveEnv(gymnasium.Env[Observation, Any]):
             "drain_s": self._outcome.end_s - episode.end_s,
         }
         actions, timeline = self._actions.hexdigest()[:16], self._timeline.arrays(self._cluster.lanes)
-        self._record.write(self.setting, episode, figures, self._outcome, actions, timeline)
+        engine = versions(self.setting.workers.engine)
+        self._record.write(self.setting, episode, figures, self._outcome, engine, actions, timeline)
         return figures
 
     # -- the workers ---------------------------------------------------------------------------------------------------

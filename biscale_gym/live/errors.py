@@ -16,4 +16,12 @@ class DevicePermissionError(DeviceError):
 
 
 class DeviceBusyError(DeviceError):
-    """Another controller holds one of the GPUs."""
+    """Another controller holds one of the GPUs.
+
+    Attributes:
+        holder_lives: whether its process does; otherwise its watchdog is about to let go.
+    """
+
+    def __init__(self, message: str, holder_lives: bool) -> None:
+        super().__init__(message)
+        self.holder_lives = holder_lives

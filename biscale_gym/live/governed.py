@@ -19,7 +19,7 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -27,15 +27,15 @@ from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.config import ConfigError, Settings, read_yaml, validate
 from biscale_gym.control.controllers import PlanContext, make_controller, parsed_variant
-from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
-from biscale_gym.live.devices import NOTHING, Device, Mode
-from biscale_gym.live.emulated import EmulatedDevice
-from biscale_gym.live.errors import DevicePermissionError, LiveError
+from biscale_gym.live.device_choice import open_device
+from biscale_gym.live.devices import NOTHING, Device
+from biscale_gym.live.errors import LiveError
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
-from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.records import RecordStream
 from biscale_gym.live.session import prepared
+from biscale_gym.live.settings import DeviceSettings
 from biscale_gym.live.vllm_adapter.scheduler import (
     Held,
     batch_of,
@@ -51,25 +51,6 @@ ARRIVAL, FIRST_TOKEN = "biscale_arrival_s", "biscale_first_token_s"
 IDLE_BEAT_S = 0.5
 SOCKET_PATH_LIMIT = 100
 """Bytes; the kernel's limit is 107."""
-
-
-class EmulatedDeviceSettings(Settings):
-    """A card that the scenario's profile describes, for a server on CPUs."""
-
-    kind: Literal["emulated"]
-
-
-class NvmlDeviceSettings(Settings):
-    """The server's cards.
-
-    Attributes:
-        gpus: NVML's indices of its tensor-parallel group, which ``CUDA_VISIBLE_DEVICES`` does not change.
-        mode: ``observe-only`` sets no clocks.
-    """
-
-    kind: Literal["nvml"]
-    gpus: Annotated[tuple[int, ...], Field(min_length=1)]
-    mode: Mode = "control"
 
 
 class GovernorSettings(Settings):
@@ -90,7 +71,7 @@ class GovernorSettings(Settings):
     phase: Phase
     tp: Annotated[int, Field(ge=1)]
     scenario: str
-    device: Annotated[EmulatedDeviceSettings | NvmlDeviceSettings, Field(discriminator="kind")]
+    device: DeviceSettings
     folder: Path
     controller: str | None = None
     stale_s: Annotated[float, Field(gt=0)] = 2.0
@@ -123,27 +104,6 @@ def socket_path(folder: Path, name: str) -> Path:
     if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
         raise LiveError(f"{path}: too long for a Unix socket; take a folder with a shorter path")
     return path
-
-
-def open_device(setting: GovernorSettings, scenario: ScenarioSettings) -> Device:
-    """The server's device; cards whose clocks this process may not set are observed only, and it says so.
-
-    Raises:
-        DeviceError, ConfigError, ProfileError: it cannot be opened at all.
-    """
-    device = setting.device
-    if isinstance(device, NvmlDeviceSettings):
-        if len(device.gpus) != setting.tp:
-            raise ConfigError(f"{setting.name}: tp is {setting.tp}, but device.gpus names {len(device.gpus)} cards")
-        try:
-            return NvmlDevice(device.gpus, device.mode)
-        except DevicePermissionError as error:
-            print(f"biscale-gym: {setting.name} observes only: {error}", file=sys.stderr, flush=True)
-            return NvmlDevice(device.gpus, "observe-only")
-    cluster = scenario.cluster
-    clocks_mhz = sorted({*scenario.clocks_mhz, scenario.top_clock_mhz})
-    profile = cluster.profile().for_phase(setting.phase)
-    return EmulatedDevice(profile, setting.tp, clocks_mhz, cluster.switching_settings())
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +279,9 @@ class ServerGovernor:
         self._context = prepared(scenario, None, 0)[1]
         setting.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = socket_path(setting.folder, setting.name)
-        self._device = open_device(setting, scenario)
+        self._device, notice = open_device(setting.device, setting.name, setting.phase, setting.tp, self._context)
+        if notice:
+            print(f"biscale-gym: {setting.name}: {notice}", file=sys.stderr, flush=True)
         self._lock = threading.Lock()
         self._run = self._own_run()
         self._began_s: float | None = None  # of the batch that runs

@@ -27,6 +27,7 @@ class GovernorLink:
         phase: of the server.
 
     Attributes:
+        source, mode: of its device.
         energy_j: of the present run, as it said last.
         lost_j: of the present run, spent by governors that are gone.
 
@@ -48,6 +49,7 @@ class GovernorLink:
             raise ConnectionResetError(f"the governor of {self._name} hung up") from error
         if not isinstance(hello, Hello) or hello.phase != self._phase:
             raise LiveError(f"the governor {self._name} in {self._folder} is not a {self._phase} server's: {hello}")
+        self.source, self.mode = hello.source, hello.mode
         if hello.mode == "observe-only":
             print(f"biscale-gym: {self._name} observes only: its clocks are not set", file=sys.stderr)
         return connection

@@ -34,6 +34,14 @@ def _open(name: str) -> tuple[int, Path]:
         raise DeviceError(f"lock file {path}: {error.strerror}; name a folder in $BISCALE_GYM_LOCKS") from error
 
 
+def _lives(pid: str) -> bool:
+    """Whether a process runs; one that has ended and is not waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2][1] != "Z"
+    except OSError:
+        return False
+
+
 class GpuLock:
     """This process is the controller of one GPU, until ``close`` or its end.
 
@@ -50,7 +58,8 @@ class GpuLock:
             holder = os.pread(self.descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self.descriptor)
             raise DeviceBusyError(
-                f"GPU {index} is controlled by process {holder} ({path}); end it, or open the GPU in mode observe-only"
+                f"GPU {index} is controlled by process {holder} ({path}); end it, or open the GPU in mode observe-only",
+                _lives(holder),
             ) from None
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -9,35 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from biscale_gym.cluster.placement import Phase
 from biscale_gym.control.controllers import Controller, PlanContext, make_controller, parsed_variant
-from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.devices import Mode
 from biscale_gym.live.vllm_adapter.engine import Output
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What a worker is, from its start to its end.
-
-    Attributes:
-        name: for messages and files.
-        phase, tp: of the instance it stands for.
-        model: folder of the model that it runs.
-        settings: of workers.
-        port: of its side channel.
-        token_budget, max_sequences: of a batch.
-        block: shared memory for its status.
-    """
-
-    name: str
-    phase: Phase
-    tp: int
-    model: Path
-    settings: LiveSettings
-    port: int
-    token_budget: int
-    max_sequences: int
-    block: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +111,10 @@ class EndRun:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """From a worker: it is up."""
+    """From a worker: it is up, with so much KV, in blocks of so many tokens."""
 
     kv_capacity_tokens: int
+    block_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +123,13 @@ class Begun:
 
     Attributes:
         source: whether the device's numbers are measured or modelled.
+        mode: whether it sets clocks, or observes only.
+        notice: what there is to tell of it.
     """
 
     source: str
+    mode: Mode = "control"
+    notice: str = ""
 
 
 @dataclass(frozen=True, slots=True)

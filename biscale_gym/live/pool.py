@@ -6,10 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,10 +23,9 @@ from biscale_gym.live import messages as m
 from biscale_gym.live import worker
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.setups import Setup, setups_of
 from biscale_gym.live.status import BLOCK_BYTES, Status, clear_status, read_status
-from biscale_gym.live.vllm_adapter.install import require_vllm
-from biscale_gym.live.vllm_adapter.model import write_model
-from biscale_gym.live.vllm_adapter.options import ENVIRONMENT, PRELOAD
+from biscale_gym.live.vllm_adapter.options import environment, preload
 
 STOP_LIMIT_S = 10.0
 
@@ -45,6 +46,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def starved_s(pid: int) -> float:
+    """How long a process's main thread has waited for a core in its life (Linux's schedstat); 0 where nobody knows."""
+    try:
+        _, waited_ns, _ = Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return 0.0
+    return 1e-9 * int(waited_ns)
 
 
 @contextlib.contextmanager
@@ -74,16 +84,18 @@ class WorkerProcess:
         serving: whether it takes requests.
         kv_used_tokens: as it said last.
         kv_capacity_tokens: of its engine, once it is up.
+        block_tokens: of a KV block, likewise.
         source: whether its device's numbers are measured or modelled, once it serves.
+        mode: whether its device sets clocks or observes only, likewise.
         restarts: how often it was replaced in this run.
     """
 
-    def __init__(self, setup: m.Setup) -> None:
+    def __init__(self, setup: Setup) -> None:
         block = _forkserver().RawArray("B", BLOCK_BYTES)
         self.setup = replace(setup, block=block)
         self._status = Status()
-        self.kv_used_tokens = self.kv_capacity_tokens = 0
-        self.source = ""
+        self.kv_used_tokens = self.kv_capacity_tokens = self.block_tokens = 0
+        self.source, self.mode = "", ""
         self.restarts = -1
         self.restart()
 
@@ -98,10 +110,10 @@ class WorkerProcess:
         context = _forkserver()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=worker.main, args=(self.setup, theirs), daemon=True)
-        with _environment(ENVIRONMENT):
+        with _environment(environment(self.setup)):
             self._process.start()
         theirs.close()
-        self.heard_s = time.monotonic()
+        self._hear()
         # A worker that hangs does not empty its pipe; who speaks to it must not hang with it.
         self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=_post, args=(self._connection, self._outbox), daemon=True).start()
@@ -135,14 +147,15 @@ class WorkerProcess:
         try:
             while self._connection.poll():
                 message = self._connection.recv()
-                self.heard_s = time.monotonic()
+                self._hear()
                 match message:
                     case m.Ready():
                         self.up, self._setting_up = True, False
                         self.kv_capacity_tokens = message.kv_capacity_tokens
+                        self.block_tokens = message.block_tokens
                     case m.Begun():
                         self.serving, self._setting_up = True, False
-                        self.source = message.source
+                        self.source, self.mode = message.source, message.mode
                     case m.Alive():
                         self.kv_used_tokens = message.kv_used_tokens
                     case m.Broken():
@@ -153,17 +166,27 @@ class WorkerProcess:
             self._process.join(STOP_LIMIT_S)
             yield Died(f"{self.setup.name} ended with status {self._process.exitcode}")
 
+    def _hear(self) -> None:
+        self._heard_s, self._starved_s = time.monotonic(), starved_s(self.pid)
+
     def silent_too_long(self) -> str | None:
-        """Why it must be taken for dead, if it must."""
+        """Why it must be taken for dead, if it must.
+
+        Time in which it could have run and got no core does not count: on a crowded machine it is slow, not hung.
+        """
         limits = self.setup.settings
         limit_s = limits.start_limit_s if self._setting_up else limits.hung_s
-        silent_s = time.monotonic() - self.heard_s
-        return f"{self.setup.name} has said nothing for {silent_s:.1f} s" if silent_s > limit_s else None
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s <= limit_s or silent_s - (starved_s(self.pid) - self._starved_s) <= limit_s:
+            return None
+        return f"{self.setup.name} has said nothing for {silent_s:.1f} s"
 
     def kill(self) -> None:
         """End it at once."""
         self.up = self.serving = False
         self._outbox.put(None)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # with the processes of an engine on several GPUs
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -192,41 +215,22 @@ class Pool:
         settings: of workers.
         folder: for the model that they run.
 
+    Attributes:
+        dimensions: of that model.
+
     Raises:
+        ConfigError: the placement takes more GPUs than there are.
         LiveError: vLLM is not installed, or a worker does not come up.
     """
 
     def __init__(self, scenario: ScenarioSettings, settings: LiveSettings, folder: Path) -> None:
-        require_vllm()
+        setups = setups_of(scenario, settings, folder)
         self.settings = settings
-        self._scenario = scenario
-        model = write_model(folder / "model", settings.model, settings.max_model_len)
-        _forkserver().set_forkserver_preload([*PRELOAD, worker.__name__])
-        self.workers: list[WorkerProcess] = []
-        counts: dict[Phase, int] = {"prefill": 0, "decode": 0}
-        for group in scenario.placement:
-            for _ in range(group.count):
-                self.workers.append(WorkerProcess(self._setup(group.phase, group.tp, counts, model)))
-        if not all(counts.values()):
-            self.close()
-            raise LiveError("the scenario's placement needs a prefill and a decode instance to be served live")
+        self.dimensions = settings.dimensions(scenario.cluster)
+        _forkserver().set_forkserver_preload([*preload(settings), worker.__name__])
+        self.workers = [WorkerProcess(setup) for setup in setups]
+        self._told = False
         self._await_all()
-
-    def _setup(self, phase: Phase, tp: int, counts: dict[Phase, int], model: Path) -> m.Setup:
-        batching = self._scenario.cluster.batching
-        name = f"{phase}-{counts[phase]}"
-        counts[phase] += 1
-        return m.Setup(
-            name,
-            phase,
-            tp,
-            model,
-            self.settings,
-            0,
-            batching.prefill_token_budget,
-            batching.max_decode_sequences,
-            None,
-        )
 
     def _await_all(self) -> None:
         try:
@@ -248,9 +252,17 @@ class Pool:
         for each in self.workers:
             if each.connection in ready:
                 for message in each.receive():
+                    if isinstance(message, m.Begun):
+                        self._tell(message.notice)
                     yield each, message
             elif (why := each.silent_too_long()) is not None:
                 yield each, Died(why)
+
+    def _tell(self, notice: str) -> None:
+        """On standard error; what holds of one worker's cards holds of all, so once."""
+        if notice and not self._told:
+            self._told = True
+            print(f"biscale-gym: {notice}", file=sys.stderr)
 
     def replace(self, dead: WorkerProcess, why: str) -> None:
         """Put a new process in the place of a dead one.
@@ -276,6 +288,11 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def clock_mode(workers: Iterable[WorkerProcess]) -> str:
+    """Of a run: ``observe-only`` where any worker's device sets no clocks."""
+    return "observe-only" if any(worker.mode == "observe-only" for worker in workers) else "control"
 
 
 def all_sources(reports: Sequence[m.Report]) -> dict[str, int]:

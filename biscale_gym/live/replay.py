@@ -26,7 +26,7 @@ from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.live import messages as m
 from biscale_gym.live.errors import LiveError
-from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources
+from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources, clock_mode
 from biscale_gym.live.records import read_records
 from biscale_gym.live.served import Served, ledger_of
 from biscale_gym.live.status import Status
@@ -57,7 +57,8 @@ class Outcome:
         retried: attempts beyond the first.
         replaced: workers that died and were replaced, with why.
         energy_j: of all workers, from time 0 to ``end_s``; what a dead worker drew after its last message is missing.
-        source: whether it was measured or modelled.
+        source: whether it was measured or modelled; nobody adds the one to the other.
+        mode: whether clocks were set (``control``) or ``observe-only``.
         end_s: the trace's end or the last token, whichever is later.
         prompt_tokens: of requests whose decode finished.
         prompt_tokens_by_source: what decode workers did for their prompts: fetched KV, or computed.
@@ -75,6 +76,7 @@ class Outcome:
     replaced: tuple[str, ...]
     energy_j: float
     source: str
+    mode: str
     end_s: float
     prompt_tokens: int
     prompt_tokens_by_source: dict[str, int]
@@ -284,7 +286,7 @@ class Replay:
         tally = self.tallies[worker.setup.name]
         tally.routed += 1
         tally.sent.append((served.prompt_tokens, served.arrival_s))
-        prompt = served.prompt(self._seed, self._pool.settings.model.vocabulary)
+        prompt = served.prompt(self._seed, self._pool.dimensions.vocabulary)
         worker.send(m.Add(served.id, prompt, output_tokens, kv_params, served.arrival_s, first_token_s))
 
     def _send_late(self, served: Served, phase: Phase) -> None:
@@ -432,7 +434,8 @@ class Replay:
             retried=self._retried,
             replaced=tuple(self._replaced),
             energy_j=self._lost_j + sum(report.energy_j for _, report in reports),
-            source=" and ".join(sorted(sources)),
+            source=next(iter(sources), ""),
+            mode=clock_mode(self._pool.workers),
             end_s=end_s,
             prompt_tokens=sum(served.prompt_tokens for served in decoded),
             prompt_tokens_by_source=all_sources(decode_reports),

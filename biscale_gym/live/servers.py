@@ -1,4 +1,4 @@
-"""vLLM servers that are already running, as a client sees them; and how to start such servers on CPU cores."""
+"""vLLM servers that are already running, as a client sees them; and how to start such servers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.errors import LiveError
-from biscale_gym.live.governed import VARIABLE, EmulatedDeviceSettings, GovernorSettings, socket_path
+from biscale_gym.live.governed import VARIABLE, GovernorSettings, socket_path
 from biscale_gym.live.governor_link import GovernorLink
 from biscale_gym.live.http_client import ServerGone, ServerRefused, Url, fetch
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.setups import setups_of
 from biscale_gym.live.vllm_adapter import server as v
-from biscale_gym.live.vllm_adapter.install import TESTED, require_vllm
-from biscale_gym.live.vllm_adapter.model import write_model
+from biscale_gym.live.vllm_adapter.install import TESTED
+from biscale_gym.live.vllm_adapter.options import environment
 
 STOP_LIMIT_S = 20.0
 PR_SET_PDEATHSIG = 1
@@ -119,7 +120,7 @@ def connect(urls: Mapping[Phase, Sequence[str]], scenario: ScenarioSettings, gov
         governors: folder with the sockets of their governors; None: they have none.
 
     Raises:
-        LiveError: a server does not answer, or only some have governors.
+        LiveError: a server does not answer, only some have governors, or only some of these have a meter.
     """
     servers = []
     for phase in PHASES:
@@ -138,6 +139,10 @@ def connect(urls: Mapping[Phase, Sequence[str]], scenario: ScenarioSettings, gov
         for server in servers:
             with contextlib.suppress(OSError):
                 server.governor = GovernorLink(governors, server.name, server.phase)
+    sources = {server.governor.source for server in servers if server.governor is not None}
+    if len(sources) > 1:
+        told = ", ".join(f"{server.name}'s are {server.governor.source}" for server in servers if server.governor)
+        raise LiveError(f"joules of some servers are measured and of others modelled, which do not add up: {told}")
     without = [f"{server.name} ({server.url.text})" for server in servers if server.governor is None]
     if without and len(without) < len(servers):
         raise LiveError(f"these servers have no governor in {governors}, while others have: {', '.join(without)}")
@@ -177,7 +182,7 @@ def _end_with_parent() -> None:
 def start(
     scenario_name: str, scenario: ScenarioSettings, settings: LiveSettings, folder: Path, controller: str | None = None
 ) -> Iterator[Started]:
-    """Start governed servers on CPU cores, one per instance of the scenario's placement, on 127.0.0.1.
+    """Start governed servers on this machine, one per instance of the scenario's placement, on 127.0.0.1.
 
     Args:
         scenario_name: preset or file, for the governors.
@@ -190,44 +195,37 @@ def start(
         each as soon as its process runs; ``await_up`` waits until they serve.
 
     Raises:
+        ConfigError: the placement takes more GPUs than there are.
         LiveError: vLLM is not installed here.
     """
-    require_vllm()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = folder.resolve()
-    model = write_model(folder / "model", settings.model, settings.max_model_len)
-    batching = scenario.cluster.batching
-    for phase in PHASES:
-        instances = [group for group in scenario.placement if group.phase == phase for _ in range(group.count)]
-        for number, group in enumerate(instances):
-            name, port = f"{phase}-{number}", free_port()
-            socket_path(folder, name)
-            setting = GovernorSettings(
-                name=name,
-                phase=phase,
-                tp=group.tp,
-                scenario=scenario_name,
-                device=EmulatedDeviceSettings(kind="emulated"),
-                folder=folder,
-                controller=controller,
-                stale_s=settings.stale_s,
+    for each in setups_of(scenario, settings, folder):
+        setup, port = replace(each, port=free_port()), free_port()
+        socket_path(folder, setup.name)
+        path = folder / f"{setup.name}.json"
+        governor = GovernorSettings(
+            name=setup.name,
+            phase=setup.phase,
+            tp=setup.tp,
+            scenario=scenario_name,
+            device=setup.device,
+            folder=folder,
+            controller=controller,
+            stale_s=settings.stale_s,
+        )
+        path.write_text(governor.model_dump_json(indent=1), encoding="utf-8")
+        log = folder / f"{setup.name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                v.server_command(setup, port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment(setup, in_process=False) | {VARIABLE: str(path)},
+                preexec_fn=_end_with_parent,
             )
-            (folder / f"{name}.json").write_text(setting.model_dump_json(indent=1), encoding="utf-8")
-            command = v.server_command(
-                phase, model, settings, batching.prefill_token_budget, batching.max_decode_sequences, port
-            )
-            environment = os.environ | v.server_environment(free_port()) | {VARIABLE: str(folder / f"{name}.json")}
-            log = folder / f"{name}.log"
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    preexec_fn=_end_with_parent,
-                )
-            yield Started(name, phase, f"http://127.0.0.1:{port}", process, log)
+        yield Started(setup.name, setup.phase, f"http://127.0.0.1:{port}", process, log)
 
 
 def await_up(servers: Sequence[Started], limit_s: float) -> None:

@@ -90,6 +90,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         "retried",
         *latencies,
         "energy J",
+        "clocks",
         "KV fetched",
         "lag p99 ms",
         "control ms",
@@ -103,6 +104,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             str(outcome.retried),
             *(_quantiles_ms(values_s) for values_s in (ttft, tpot, outcome.itl_s)),
             f"{outcome.energy_j:,.0f} {outcome.source}" if outcome.source else "unknown",
+            outcome.mode,
             f"{outcome.prompt_tokens_by_source.get(FETCHED, 0)} of {outcome.prompt_tokens}",
             _quantile_ms(outcome.lag_s, 99),
             f"{_quantile(outcome.control_s, 50, 1e3) or 0.0:.3f}",
@@ -131,6 +133,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
             "prompt_tokens_total": last.prompt_tokens,
             "first_tokens_agree": last.first_tokens_agree,
             **({f"{last.source}_energy_j": energy_j} if energy_j else {}),
+            "clock_mode": last.mode,
             "client_lag_p99_s": _quantile(last.lag_s, 99.0),
             "control_overhead_median_ms": _quantile(last.control_s, 50.0, 1e3),
         }

@@ -2,6 +2,9 @@
 
 The controller writes a byte to its standard input at every beat. When the pipe closes (the controller is gone, however
 it ended) or stays silent for too long (it hangs), the watchdog gives the clocks of its GPUs back and ends.
+
+It is nobody's child: who kills a controller with all its descendants (a vLLM server does so with an engine that takes
+long to end) must not reach it. Its standard output, open until it ends, tells that it lives.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from biscale_gym.live import nvml
 from biscale_gym.live.errors import DeviceError
 from biscale_gym.live.locks import clock_calls
 
-READY = b"ready\n"
+READY = b"ready "
+"""And its pid."""
 BEAT = b"b"
 FINISHED = b"q"
 """The controller has given the clocks back itself."""
@@ -36,6 +40,9 @@ class Watchdog:
         timeout_s: silence after which it acts.
         keep_open: descriptors that it inherits (the GPU locks).
 
+    Attributes:
+        pid: of its process.
+
     Raises:
         DeviceError: it does not come up; what it said is in the message.
     """
@@ -43,7 +50,7 @@ class Watchdog:
     def __init__(self, gpus: Sequence[int], timeout_s: float, keep_open: Sequence[int] = ()) -> None:
         command = [sys.executable, "-m", __name__, str(timeout_s), *map(str, gpus)]
         # A session of its own: Ctrl-C at a terminal reaches the controller, and the watchdog must outlive that.
-        self._process = subprocess.Popen(
+        launcher = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -52,26 +59,28 @@ class Watchdog:
             start_new_session=True,
             pass_fds=tuple(keep_open),
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._pipe = self._process.stdin
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        self._pipe, self._said = launcher.stdin, launcher.stdout
         os.set_blocking(self._pipe.fileno(), False)
-        ready, _, _ = select.select([self._process.stdout], [], [], START_LIMIT_S)
-        said = self._process.stdout.read(len(READY)) if ready else b""
-        self._process.stdout.close()
-        if said != READY:
+        self.pid = 0
+        ready = select.select([self._said], [], [], START_LIMIT_S)[0]
+        said = self._said.read(32) if ready else b""
+        launcher.kill()  # it has left the watchdog behind long ago, or hangs
+        launcher.wait()
+        if not said.startswith(READY):
             self.end()
             raise DeviceError(f"the watchdog of GPUs {list(gpus)} did not come up; see what it said on standard error")
+        self.pid = int(said[len(READY) :])
 
-    @property
-    def pid(self) -> int:
-        """Of its process."""
-        return self._process.pid
+    def _ended(self, timeout_s: float = 0.0) -> bool:
+        """Whether it has ended, or does so in time: it says nothing more, until its output is closed."""
+        return bool(select.select([self._said], [], [], timeout_s)[0])
 
     @property
     def alive(self) -> bool:
         """Whether it still watches."""
-        return self._process.poll() is None
+        return not self._ended()
 
     def beat(self) -> bool:
         """Tell it that the controller lives; False: it has ended."""
@@ -87,11 +96,10 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 self._pipe.write(FINISHED)
         self._pipe.close()
-        try:
-            self._process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if not self._ended(END_LIMIT_S) and self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        self._said.close()
 
 
 def give_back(gpus: Sequence[nvml.Gpu]) -> None:
@@ -114,6 +122,8 @@ def give_back(gpus: Sequence[nvml.Gpu]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """``TIMEOUT_S GPU…``: watch standard input; the exit status is 0, or 1 after clocks had to be given back."""
     timeout_s, indices = float(arguments[0]), [int(index) for index in arguments[1:]]
+    if os.fork():
+        os._exit(0)  # the watchdog goes on as the child of init
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     # At shutdown everyone gets SIGTERM, the controller too: the clocks are given back by whoever comes first.
@@ -123,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     with nvml.session():
         gpus = nvml.open_gpus(indices)
-        os.write(1, READY)
+        os.write(1, READY + b"%d" % os.getpid())
         why = ""
         while not why:
             ready, _, _ = select.select([0, terminated], [], [], timeout_s)

@@ -17,11 +17,13 @@ from multiprocessing.connection import Connection, wait
 
 from biscale_gym.cluster.placement import PHASES
 from biscale_gym.cluster.simulator import PhasePolicy
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.live import messages as m
+from biscale_gym.live.device_choice import open_device
 from biscale_gym.live.devices import NOTHING, Device
-from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
 from biscale_gym.live.records import RecordStream
+from biscale_gym.live.setups import Setup
 from biscale_gym.live.signals import ending_signals_raise
 from biscale_gym.live.status import StatusWriter
 from biscale_gym.live.vllm_adapter.engine import Engine, Output
@@ -54,12 +56,12 @@ class WorkerRun:
         setup: of the worker.
         engine: hooked from now on.
         run: what the parent asks for.
-        device: makes the worker's device.
+
+    Attributes:
+        notice: what there is to tell of its device.
     """
 
-    def __init__(
-        self, setup: m.Setup, engine: Engine, run: m.Run, device: type[EmulatedDevice] = EmulatedDevice
-    ) -> None:
+    def __init__(self, setup: Setup, engine: Engine, run: m.Run) -> None:
         self.setup, self.engine = setup, engine
         context = run.context
         cluster, slo = context.scenario.cluster, context.scenario.slo
@@ -67,8 +69,8 @@ class WorkerRun:
         policy: PhasePolicy | None = None
         if run.controller is not None:
             policy = run.controller.make().policies(context)[PHASES.index(setup.phase)]
-        profile = context.scenario.cluster.profile().for_phase(setup.phase)
-        self.device: Device = device(profile, setup.tp, context.clocks_mhz, cluster.switching_settings())
+        # Only now: until its first batch a device may hear nothing for as long as it takes to compile a policy.
+        self.device, self.notice = self.open_device(context)
         self.records = RecordStream(run.records)
         instance = InstanceSetting(
             setup.phase,
@@ -96,6 +98,11 @@ class WorkerRun:
         self.began_j = 0.0
         self._empty = True
         self.hook()
+
+    def open_device(self, context: PlanContext) -> tuple[Device, str]:
+        """The device, and what there is to tell of it."""
+        setup = self.setup
+        return open_device(setup.device, setup.name, setup.phase, setup.tp, context)
 
     def go(self, origin_s: float) -> None:
         """The run counts from ``origin_s`` on, on ``time.monotonic``'s scale."""
@@ -236,9 +243,9 @@ class WorkerRun:
         )
 
 
-def _serve(setup: m.Setup, connection: Connection) -> None:
-    engine = Engine(setup.phase, setup.model, setup.settings, setup.token_budget, setup.max_sequences, setup.port)
-    connection.send(m.Ready(engine.kv_capacity_tokens))
+def _serve(setup: Setup, connection: Connection) -> None:
+    engine = Engine(setup)
+    connection.send(m.Ready(engine.kv_capacity_tokens, engine.block_tokens))
     run: WorkerRun | None = None
     beat_s = 0.0
     try:
@@ -256,7 +263,7 @@ def _serve(setup: m.Setup, connection: Connection) -> None:
                         if run is not None:
                             run.end()  # the parent gave it up before it had begun
                         run = WorkerRun(setup, engine, message)
-                        connection.send(m.Begun(run.device.source))
+                        connection.send(m.Begun(run.device.source, run.device.mode, run.notice))
                     case m.Clock() if run is not None:
                         run.hold(message.clock_mhz)
                     case m.Go() if run is not None:
@@ -295,14 +302,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def main(setup: m.Setup, connection: Connection) -> None:
+def main(setup: Setup, connection: Connection) -> None:
     """A worker's life."""
+    # Engines of several GPUs have processes of their own, which daemons may not have; they end with this group.
+    multiprocessing.current_process().daemon = False
+    os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with ending_signals_raise():
             _serve(setup, connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        pass  # the parent is gone, or a terminal's Ctrl-C has reached both
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
     except Exception:
         connection.send(m.Broken(traceback.format_exc()))
         raise

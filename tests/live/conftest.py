@@ -12,6 +12,14 @@ from live import fake_nvml
 from live.fake_nvml import Cards
 from live.helpers import ROOT
 
+from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+
+
+@pytest.fixture(scope="session")
+def scenario() -> ScenarioSettings:
+    """What real workers serve in tests: a short trace of their own, and time to drain on a crowded machine."""
+    return load_scenario("live-smoke", {"duration_s": 4.0, "training_s": 60.0, "drain_limit_s": 300.0})
+
 
 @pytest.fixture(scope="session")
 def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:

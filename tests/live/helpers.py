@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from biscale_gym.live.replay import Outcome
+from biscale_gym.traces import Trace
+
 ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
+REAL_WORKERS = [
+    pytest.mark.live,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="no vLLM here (make live-cpu makes .venv-live)"
+    ),
+]
+
+
+def steady(count: int = 8, gap_s: float = 0.3, prompt_tokens: int = 300, output_tokens: int = 20) -> Trace:
+    """A request every ``gap_s``, each of its own length."""
+    numbers = np.arange(count)
+    return Trace(gap_s * numbers, prompt_tokens + numbers, output_tokens + numbers, "steady")
+
+
+def everything_finished(outcome: Outcome) -> None:
+    assert outcome.states == {"finished": len(outcome.requests.arrival_s), "failed": 0, "rejected": 0, "unfinished": 0}
+    assert outcome.first_tokens_agree
 
 
 def wait_until(true: Callable[[], bool], limit_s: float = 60.0) -> None:

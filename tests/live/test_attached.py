@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -13,11 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live.helpers import children, ended, listening_addresses, wait_until
+from live.helpers import (
+    LOOPBACK,
+    REAL_WORKERS,
+    children,
+    ended,
+    everything_finished,
+    listening_addresses,
+    steady,
+    wait_until,
+)
 
 from biscale_gym.cluster.placement import PHASES
 from biscale_gym.config import load_preset
-from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.attached import OBSERVE_ONLY, AttachedReplay
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.records import read_records
@@ -28,19 +36,9 @@ from biscale_gym.live.settings import LiveSettings
 from biscale_gym.metrics import tpot_s
 from biscale_gym.traces import Trace
 
-pytestmark = [
-    pytest.mark.live,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="no vLLM here (make live-cpu makes .venv-live)"
-    ),
-]
+pytestmark = REAL_WORKERS
 
 Play = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def scenario() -> ScenarioSettings:
-    return load_scenario("live-smoke", {"duration_s": 4.0, "training_s": 60.0, "drain_limit_s": 300.0})
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +66,6 @@ def servers(scenario: ScenarioSettings, settings: LiveSettings, folder: Path) ->
         stop(started)
 
 
-def steady(count: int) -> Trace:
-    """A request every 0.2 s, each of its own length."""
-    numbers = np.arange(count)
-    return Trace(0.2 * numbers, 300 + numbers, 20 + numbers, "steady")
-
-
 @pytest.fixture
 def play(
     servers: list[Started], scenario: ScenarioSettings, settings: LiveSettings, folder: Path, tmp_path: Path
@@ -99,13 +91,8 @@ def play(
     return run
 
 
-def everything_finished(outcome: Outcome) -> None:
-    assert outcome.states == {"finished": len(outcome.requests.arrival_s), "failed": 0, "rejected": 0, "unfinished": 0}
-    assert outcome.first_tokens_agree
-
-
 def test_governed_servers_serve_a_trace(play: Play, tmp_path: Path) -> None:
-    trace = steady(20)
+    trace = steady(20, 0.2)
     top, low = play(trace), play(trace, "biscale")
     for outcome in (top, low):
         everything_finished(outcome)
@@ -140,7 +127,7 @@ def servers_of(outcome: Outcome) -> tuple[str, ...]:
 
 
 def test_without_governors_they_are_observed(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = play(steady(4), OBSERVE_ONLY, governed=False)
+    outcome = play(steady(4, 0.2), OBSERVE_ONLY, governed=False)
     everything_finished(outcome)
     assert outcome.prompt_tokens_by_source["external_kv_transfer"] == outcome.prompt_tokens
     assert outcome.source == ""
@@ -150,16 +137,16 @@ def test_without_governors_they_are_observed(play: Play, capsys: pytest.CaptureF
 
 def test_a_controller_that_cannot_govern_is_told(play: Play) -> None:
     with pytest.raises(LiveError, match="cannot be governed by nobody:Nothing"):
-        play(steady(1), "nobody:Nothing")
-    everything_finished(play(steady(2)))
+        play(steady(1, 0.2), "nobody:Nothing")
+    everything_finished(play(steady(2, 0.2)))
 
 
 def test_nothing_listens_beyond_loopback(play: Play, servers: list[Started]) -> None:
-    play(steady(2))
+    play(steady(2, 0.2))
     pids = {server.process.pid for server in servers}
     found = listening_addresses(pids | {child for pid in pids for child in children(pid)})
     assert found
-    assert found <= {"0100007F", "00000000000000000000000001000000"}
+    assert found <= LOOPBACK
 
 
 def test_a_hung_engine_is_noticed_and_heard_again(play: Play, servers: list[Started]) -> None:
@@ -168,7 +155,7 @@ def test_a_hung_engine_is_noticed_and_heard_again(play: Play, servers: list[Star
     (engine,) = [pid for pid in children(decode.process.pid) if "EngineCor" in name_of(pid)]  # cut off at 15 letters
     threading.Timer(1.0, lambda: os.kill(engine, signal.SIGSTOP)).start()
     threading.Timer(20.0, lambda: os.kill(engine, signal.SIGCONT)).start()
-    outcome = play(steady(12), hung_s=8.0)
+    outcome = play(steady(12, 0.2), hung_s=8.0)
     everything_finished(outcome)
     assert outcome.retried >= 1
     assert any(why.startswith("decode-0 has answered no request for") for why in outcome.replaced)
@@ -183,7 +170,7 @@ def test_requests_of_a_dead_server_fail_and_are_counted(play: Play, servers: lis
     decode = next(server for server in servers if server.phase == "decode")
     engines = children(decode.process.pid)
     threading.Timer(1.5, decode.process.kill).start()
-    outcome = play(steady(12), drain_limit_s=60.0)
+    outcome = play(steady(12, 0.2), drain_limit_s=60.0)
     assert outcome.states["finished"] + outcome.states["failed"] == 12
     assert outcome.states["failed"] > 0
     assert any(why.startswith("decode-0 is gone") for why in outcome.replaced)

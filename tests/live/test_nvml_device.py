@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from live import fake_nvml
 from live.fake_nvml import LOCK, TOP_MHZ, Cards
-from live.helpers import ROOT, wait_until
+from live.helpers import ROOT, children, ended, wait_until
 
 from biscale_gym.live.devices import COUNTER_BACK, OVERRIDDEN, WATCHDOG_DIED, Work
 from biscale_gym.live.errors import DeviceBusyError, DeviceError, DevicePermissionError
@@ -261,8 +261,7 @@ def test_on_signals(cards: Cards, controller: Start, number: signal.Signals) -> 
     assert cards.locked_mhz == [0, 0]
     assert "watchdog:" not in said  # the controller did it itself
     assert cards.calls[-1].pid == process.pid
-    with pytest.raises(ProcessLookupError):
-        os.kill(watchdog, 0)
+    wait_until(lambda: ended(watchdog))
 
 
 def test_on_an_exception(cards: Cards, controller: Start) -> None:
@@ -304,6 +303,17 @@ def test_after_kill_9_the_watchdog_does_it_and_only_then_frees_the_gpu(cards: Ca
         return True
 
     wait_until(free)
+
+
+def test_who_kills_a_controller_with_all_its_descendants_misses_the_watchdog(cards: Cards, controller: Start) -> None:
+    """As a vLLM server does with an engine that does not end in time."""
+    process, watchdog = started(controller, cards)
+    family = children(process.pid)
+    assert watchdog not in family
+    for pid in (*family, process.pid):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: cards.locked_mhz == [0, 0])
+    assert cards.calls[-1].pid == watchdog
 
 
 def test_of_a_controller_that_hangs(cards: Cards, controller: Start) -> None:

@@ -48,13 +48,13 @@ def settings() -> LiveSettings:
 @pytest.mark.parametrize("name", preset_names("profiling"))
 def test_presets_hold_points(name: str, settings: LiveSettings) -> None:
     sweep = load_preset(SweepSettings, "profiling", name)
-    points = points_of(sweep, (1980,), BUDGET, settings, 32768)
+    points = points_of(sweep, (1980,), BUDGET, settings.max_model_len, 32768, 128)
     assert {point.phase for point in points} == {"prefill", "decode"}
     assert sweep.least_repeats <= sweep.most_repeats
 
 
 def test_points_are_what_a_worker_can_hold(settings: LiveSettings) -> None:
-    points = points_of(SWEEP, (930, 1980), BUDGET, settings, 32768)
+    points = points_of(SWEEP, (930, 1980), BUDGET, settings.max_model_len, 32768, 128)
     assert len({point.key for point in points}) == len(points)
     at_top = {(point.phase, point.count, point.tokens) for point in points if point.clock_mhz == 1980}
     # 4 prompts of 512 exceed the budget, 3000 tokens the context, 64 sequences of 1000 the KV blocks.
@@ -147,8 +147,8 @@ def test_prefill_rows_follow_a_batch_that_fills_the_budget(tmp_path: Path) -> No
 
 
 def test_the_profiled_model_is_the_one_that_runs(settings: LiveSettings, tmp_path: Path) -> None:
-    config = json.loads((write_model(tmp_path / "m", settings.model, 2048) / "config.json").read_text())
-    model = profiling.model_settings(settings.model, 2048)
+    model = settings.dimensions(ClusterSettings())
+    config = json.loads((write_model(tmp_path / "m", model, 2048) / "config.json").read_text())
     assert (model.layers, model.hidden_size, model.mlp_size) == (
         config["num_hidden_layers"],
         config["hidden_size"],

@@ -16,10 +16,14 @@ from biscale_gym import cli
 from biscale_gym.config import ConfigError
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import governed
+from biscale_gym.live.device_choice import open_device
+from biscale_gym.live.devices import Device
 from biscale_gym.live.errors import DeviceError, LiveError
 from biscale_gym.live.http_client import Url
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.servers import Server, pick, welcome
+from biscale_gym.live.session import prepared
+from biscale_gym.live.settings import NvmlDeviceSettings
 from biscale_gym.live.vllm_adapter import server as v
 
 METRICS = """\
@@ -154,10 +158,17 @@ def setting(folder: Path, **changes: object) -> dict[str, object]:
     } | changes
 
 
+def opened() -> tuple[Device, str]:
+    """The device of the setting that is in force."""
+    found = governed.read_setting()
+    context = prepared(load_scenario("live-smoke"), None, 0)[1]
+    return open_device(found.device, found.name, found.phase, found.tp, context)
+
+
 def test_a_setting_is_json_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(governed.VARIABLE, json.dumps(setting(tmp_path)))
     inline = governed.read_setting()
-    assert inline.device == governed.NvmlDeviceSettings(kind="nvml", gpus=(0, 1))
+    assert inline.device == NvmlDeviceSettings(kind="nvml", gpus=(0, 1))
     path = tmp_path / "governor.json"
     path.write_text(json.dumps(setting(tmp_path)))
     monkeypatch.setenv(governed.VARIABLE, str(path))
@@ -183,16 +194,16 @@ def test_a_wrong_setting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_permission_one_message_and_observe_only(
-    cards: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cards: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for card in cards:
         card.lock_error = card.reset_error = fake_nvml.NO_PERMISSION
     monkeypatch.setenv(governed.VARIABLE, json.dumps(setting(tmp_path)))
-    with governed.open_device(governed.read_setting(), load_scenario("live-smoke")) as device:
+    device, notice = opened()
+    with device:
         assert device.mode == "observe-only"
-    said = capsys.readouterr().err
-    assert said.count("prefill-0 observes only") == 1
-    assert "--cap-add SYS_ADMIN" in said
+    assert notice.startswith("clocks are observed only: GPU 0")
+    assert "--cap-add SYS_ADMIN" in notice
 
 
 def test_a_device_that_cannot_be_opened_is_no_device_at_all(
@@ -200,10 +211,10 @@ def test_a_device_that_cannot_be_opened_is_no_device_at_all(
 ) -> None:
     monkeypatch.setenv(governed.VARIABLE, json.dumps(setting(tmp_path, device={"kind": "nvml", "gpus": [0, 7]})))
     with pytest.raises(DeviceError, match="GPU 7: this machine has GPUs 0, 1"):
-        governed.open_device(governed.read_setting(), load_scenario("live-smoke"))
+        opened()
     monkeypatch.setenv(governed.VARIABLE, json.dumps(setting(tmp_path, tp=4)))
     with pytest.raises(ConfigError, match=r"tp is 4, but device\.gpus names 2 cards"):
-        governed.open_device(governed.read_setting(), load_scenario("live-smoke"))
+        opened()
 
 
 def test_a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not(tmp_path: Path) -> None:

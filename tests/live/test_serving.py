@@ -5,7 +5,6 @@ They need vLLM: ``make test-live``, or ``.venv-live/bin/python -m pytest -m live
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing.forkserver
 import os
 import signal
@@ -18,11 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live.helpers import ROOT, children, ended, listening_addresses, wait_until
+from live.helpers import (
+    LOOPBACK,
+    REAL_WORKERS,
+    ROOT,
+    children,
+    ended,
+    everything_finished,
+    listening_addresses,
+    steady,
+    wait_until,
+)
 
 from biscale_gym.config import load_preset
 from biscale_gym.control.controllers import PlanContext
-from biscale_gym.control.scenario import ScenarioSettings, load_scenario
+from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Pool, WorkerProcess
 from biscale_gym.live.records import read_records
@@ -33,20 +42,10 @@ from biscale_gym.live.worker import ORPHAN_GRACE_S
 from biscale_gym.metrics import tpot_s, ttft_s
 from biscale_gym.traces import Trace
 
-pytestmark = [
-    pytest.mark.live,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="no vLLM here (make live-cpu makes .venv-live)"
-    ),
-]
+pytestmark = REAL_WORKERS
 
 HUNG_S, LEASE_S = 10.0, 6
 Play = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def scenario() -> ScenarioSettings:
-    return load_scenario("live-smoke", {"duration_s": 4.0, "training_s": 60.0, "drain_limit_s": 300.0})
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +62,6 @@ def pool(
         yield started
 
 
-def steady(count: int = 8, prompt_tokens: int = 300, output_tokens: int = 20) -> Trace:
-    """A request every 0.3 s, each of its own length."""
-    numbers = np.arange(count)
-    return Trace(0.3 * numbers, prompt_tokens + numbers, output_tokens + numbers, "steady")
-
-
 @pytest.fixture
 def play(pool: Pool, scenario: ScenarioSettings, tmp_path: Path) -> Play:
     def run(trace: Trace | None = None, controller: str = "max-clock", watcher: Watcher | None = None) -> Outcome:
@@ -76,11 +69,6 @@ def play(pool: Pool, scenario: ScenarioSettings, tmp_path: Path) -> Play:
         return Replay(pool, trace or steady(), controller, context, tmp_path / "records", 0, watcher).run()
 
     return run
-
-
-def everything_finished(outcome: Outcome) -> None:
-    assert outcome.states == {"finished": len(outcome.requests.arrival_s), "failed": 0, "rejected": 0, "unfinished": 0}
-    assert outcome.first_tokens_agree
 
 
 def settled(pool: Pool, phase: str) -> bool:
@@ -181,7 +169,7 @@ def test_nothing_listens_beyond_loopback(play: Play, pool: Pool) -> None:
     play(steady(2))
     found = listening_addresses({os.getpid(), *(worker.pid for worker in pool.workers)})
     assert found  # the side channels
-    assert found <= {"0100007F", "00000000000000000000000001000000"}
+    assert found <= LOOPBACK
 
 
 # -- deaths ------------------------------------------------------------------------------------------------------------

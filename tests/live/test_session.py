@@ -14,6 +14,7 @@ from rich.console import Console
 
 from biscale_gym import cli
 from biscale_gym.cluster.ledger import RequestLedger
+from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.config import load_preset, preset_names
 from biscale_gym.control.controllers import ControllerError
 from biscale_gym.live import session
@@ -54,6 +55,7 @@ def outcome(finish_s: list[float]) -> Outcome:
         replaced=(),
         energy_j=1234.5678,
         source="modelled",
+        mode="control",
         end_s=2.0,
         prompt_tokens=tokens,
         prompt_tokens_by_source={"external_kv_transfer": tokens},
@@ -76,6 +78,7 @@ def test_the_last_line_says_it_all() -> None:
         "prompt_tokens_total": 200,
         "first_tokens_agree": True,
         "modelled_energy_j": {"max-clock": 1234.568, "biscale": 1000.0},
+        "clock_mode": "control",
         "client_lag_p99_s": pytest.approx(0.001),
         "control_overhead_median_ms": pytest.approx(0.2),
     }
@@ -98,7 +101,7 @@ def test_every_preset_is_whole(name: str) -> None:
 
 def test_the_model_is_a_configuration_alone(tmp_path: Path) -> None:
     settings = load_preset(LiveSettings, "live", "cpu")
-    folder = write_model(tmp_path / "model", settings.model, settings.max_model_len)
+    folder = write_model(tmp_path / "model", settings.dimensions(ClusterSettings()), settings.max_model_len)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     config = json.loads((folder / "config.json").read_text())
     assert config["hidden_size"] == config["num_attention_heads"] * config["head_dim"]

@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from biscale_gym.cluster.placement import Phase
-from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.setups import Setup
 from biscale_gym.live.vllm_adapter.cpu import make_fit
-from biscale_gym.live.vllm_adapter.options import ENVIRONMENT, engine_options
-from biscale_gym.live.vllm_adapter.scheduler import Batch, batch_of, governed_scheduler, kv_usage
+from biscale_gym.live.vllm_adapter.options import engine_options, environment
+from biscale_gym.live.vllm_adapter.scheduler import Batch, batch_of, governed_scheduler, kv_usage, limits_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +43,22 @@ class Engine:
     """One vLLM engine in this process.
 
     Args:
-        phase: prefill engines offer KV, decode engines fetch it.
-        model: folder of the model.
-        settings: of workers.
-        token_budget: tokens of a batch.
-        max_sequences: sequences of a batch.
-        port: for the side channel on which decode engines ask where KV lies; must be free.
+        setup: of the worker.
     """
 
-    def __init__(
-        self, phase: Phase, model: Path, settings: LiveSettings, token_budget: int, max_sequences: int, port: int
-    ) -> None:
-        os.environ.update(ENVIRONMENT)
-        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
-        make_fit()
+    def __init__(self, setup: Setup) -> None:
+        os.environ.update(environment(setup))
+        if setup.settings.engine == "cpu":
+            make_fit()
         self._vllm: Any = import_module("vllm")
-        options = engine_options(phase, model, settings, token_budget, max_sequences)
+        options = engine_options(setup)
         transfer = import_module("vllm.config").KVTransferConfig(**options.pop("kv_transfer_config"))
         arguments = import_module("vllm.engine.arg_utils").EngineArgs(
             **options,
             kv_transfer_config=transfer,
             async_scheduling=False,
             disable_log_stats=False,
-            distributed_executor_backend="uni",
+            distributed_executor_backend="mp" if options.get("tensor_parallel_size", 1) > 1 else "uni",
             scheduler_cls=governed_scheduler(),
         )
         self._engine: Any = import_module("vllm.v1.engine.llm_engine").LLMEngine.from_engine_args(arguments)
@@ -76,7 +67,7 @@ class Engine:
         self._internal_names: dict[str, str] = {}
         self._own_names: dict[str, str] = {}
         self.block_tokens = int(self._scheduler.block_size)
-        self.kv_capacity_tokens = settings.kv_blocks * self.block_tokens
+        self.kv_capacity_tokens = limits_of(self._scheduler).kv_capacity_tokens
 
     def hook(self, before: Callable[[Batch], None], after: Callable[[float], None]) -> None:
         """Call ``before`` when a batch is about to run, ``after`` with its seconds when it has run."""

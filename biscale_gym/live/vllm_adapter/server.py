@@ -12,14 +12,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from biscale_gym.cluster.placement import Phase
 from biscale_gym.live.errors import LiveError
-from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.setups import Setup
 from biscale_gym.live.vllm_adapter.install import TESTED
-from biscale_gym.live.vllm_adapter.options import ENVIRONMENT, PREFILL_PARAMS, engine_options
+from biscale_gym.live.vllm_adapter.options import PREFILL_PARAMS, engine_options
 
 COMPLETIONS, METRICS, MODELS, VERSION = "/v1/completions", "/metrics", "/v1/models", "/version"
 REQUEST_ID = "X-Request-Id"
@@ -167,39 +165,28 @@ def read_piece(answer: dict[str, Any]) -> Piece:
         raise LiveError(f"not an answer of a vLLM server ({error!r}): {str(answer)[:300]}") from error
 
 
-def server_environment(side_channel_port: int) -> dict[str, str]:
-    """Of a server on CPUs that speaks to 127.0.0.1 alone."""
-    own_processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port)}
-    return ENVIRONMENT | own_processes
-
-
 def _option(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
 
 
-def server_command(
-    phase: Phase, model: Path, settings: LiveSettings, token_budget: int, max_sequences: int, port: int
-) -> list[str]:
-    """To start a governed server on CPUs, on 127.0.0.1.
+def server_command(setup: Setup, port: int) -> list[str]:
+    """To start a governed server on 127.0.0.1, in its ``environment``.
 
     Args:
-        phase: of the server.
-        model: folder of the model.
-        settings: of workers.
-        token_budget: tokens of a batch.
-        max_sequences: sequences of a batch.
+        setup: of the instance.
         port: to listen on.
     """
-    options = engine_options(phase, model, settings, token_budget, max_sequences) | {
+    options = engine_options(setup) | {
         "host": "127.0.0.1",
         "port": port,
-        "served_model_name": "tiny",
+        "served_model_name": "served",
         "scheduler_cls": SCHEDULER_CLASS,
-        "worker_cls": CPU_WORKER_CLASS,
         "disable_uvicorn_access_log": True,
     }
+    if setup.settings.engine == "cpu":
+        options["worker_cls"] = CPU_WORKER_CLASS
     # `vllm serve` is not to be had with the CPU build: its script asks for a distribution of another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return command + [_option(name.replace("_", "-"), value) for name, value in options.items()]
