@@ -23,8 +23,8 @@ from biscale_gym.calibration.emulation import (
     HostTime,
     emulate,
     host_time,
-    lateness_ms,
     service_factors,
+    slept_ms,
     with_modelled_power,
 )
 from biscale_gym.calibration.handovers import Between, read_handovers
@@ -188,8 +188,8 @@ def _host_time(profiled: Profiled, subject: _Subject) -> HostTime:
     rows = _busy(medians(profiled))
     at_top = rows.iterations.clock_mhz == subject.clocks_mhz[-1]
     top, lower = rows.rows(at_top), rows.rows(~at_top)
-    late_ms = lateness_ms(lower, top, subject.emulated, subject.clocks_mhz[-1])
-    return replace(host_time(top.iterations, top.host_ms), late_ms=late_ms)
+    decode, prefill = slept_ms(lower, top, subject.emulated, subject.clocks_mhz[-1])
+    return replace(host_time(top.iterations, top.host_ms), decode_slept_ms=decode, prefill_slept_ms=prefill)
 
 
 def _with_allreduce(rows: Profiled, base: ParametricProfile) -> Iterations:

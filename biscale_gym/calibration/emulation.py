@@ -1,11 +1,11 @@
 """What an emulated device makes of a CPU worker's iterations, as a table of the cluster model.
 
 The worker's own latency is measured at the top clock. A lower clock stretches the batch by the emulated card's latency
-there over that at the top clock, and leaves the host's part as it is; the stretching itself takes some more than was
-asked for (a sleep ends late), which rows at a lower clock tell. In service a batch is slower than in a sweep (it
-starts on a core that slept or did something else), by a factor that a served trace tells. Power is the emulated card's
-for this batch and clock while it runs, its idle power in the host's part. So latency is measured, power and the
-clock's effect modelled.
+there over that at the top clock, and leaves the host's part as it is. A batch takes longer on a core that has slept: in
+service because the worker was idle before (a factor that a served trace tells), below the top clock because the batch
+before it was stretched by a sleep (a line that rows at a lower clock tell). It is slower once, whyever the core slept.
+Power is the emulated card's for this batch and clock while it runs, its idle power in the host's part. So latency is
+measured, power and the clock's effect modelled.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ class HostTime:
 
     Attributes:
         decode_ms, prefill_ms: between two batches: per iteration, and per sequence (decode) or token (prefill).
-        late_ms: by which a stretched batch ends late.
+        decode_slept_ms, prefill_slept_ms: what a batch takes longer after a sleep, before it is stretched: always, and per
+            millisecond of the batch.
         decode_factor, prefill_factor: of a batch in service over one in the sweep.
     """
 
     decode_ms: tuple[float, float]
     prefill_ms: tuple[float, float]
-    late_ms: float = 0.0
+    decode_slept_ms: tuple[float, float] = (0.0, 0.0)
+    prefill_slept_ms: tuple[float, float] = (0.0, 0.0)
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
 
@@ -62,8 +64,10 @@ def stretch(emulated: Profile, tp: int, clock_mhz: int, top_mhz: int, rows: Iter
     return card.latency_ms(tp, clock_mhz, *work) / card.latency_ms(tp, top_mhz, *work)
 
 
-def lateness_ms(lower: Profiled, top: Profiled, emulated: Profile, top_mhz: int) -> float:
-    """Median over rows at lower clocks of what they took beyond the stretched batch of the same point at the top clock.
+def slept_ms(
+    lower: Profiled, top: Profiled, emulated: Profile, top_mhz: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Lines, of decode and of prefill, through what lower clocks' rows took longer than the top clock's, unstretched.
 
     Args:
         lower: rows at lower clocks; those of points without a row at the top clock do not count.
@@ -80,13 +84,17 @@ def lateness_ms(lower: Profiled, top: Profiled, emulated: Profile, top_mhz: int)
         return list(zip(rows.iterations.tp.tolist(), rows.points.tolist(), strict=True))
 
     at_top = dict(zip(keys(top), batches_ms(top), strict=True))
-    late = []
+    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for number, (key, batch_ms) in enumerate(zip(keys(lower), batches_ms(lower), strict=True)):
         if key in at_top:
             row = lower.iterations.rows(np.array([number]))
-            factor = stretch(emulated, int(row.tp[0]), int(row.clock_mhz[0]), top_mhz, row)[0]
-            late.append(batch_ms - float(factor) * at_top[key])
-    return max(0.0, float(np.median(late))) if late else 0.0
+            factor = float(stretch(emulated, int(row.tp[0]), int(row.clock_mhz[0]), top_mhz, row)[0])
+            found[bool(row.batch[0] > 0)].append((at_top[key], batch_ms / factor - at_top[key]))
+
+    def line(points: list[tuple[float, float]]) -> tuple[float, float]:
+        return rising_line(*np.array(points).T) if points else (0.0, 0.0)
+
+    return line(found[True]), line(found[False])
 
 
 def service_factors(served: Iterations, table: ProfileTable, host: HostTime, tp: int) -> tuple[float, float]:
@@ -156,14 +164,17 @@ def emulate(table: ProfileTable, host: HostTime, emulated: Profile, tp: int, clo
         card: Profile,
         measured_s: Floats,
         line_ms: tuple[float, float],
+        slept_ms: tuple[float, float],
         factor: float,
         size: Floats,
         work: tuple[Floats | float, ...],
     ) -> tuple[Floats, Floats]:
         host_s = np.minimum(1e-3 * (line_ms[0] + line_ms[1] * size), MOST_HOST * measured_s)
         latency_ms = np.array([card.latency_ms(tp, clock, *work) for clock in clocks_mhz])
-        batch_s = factor * (measured_s - host_s) * latency_ms / latency_ms[-1]
-        batch_s[:-1] += 1e-3 * host.late_ms
+        swept_s = measured_s - host_s
+        slept_s = 1e-3 * slept_ms[0] + (1.0 + slept_ms[1]) * swept_s
+        batch_s = np.maximum(factor * swept_s, slept_s) * latency_ms / latency_ms[-1]
+        batch_s[-1] = factor * swept_s
         power_w = np.array([card.power_w(tp, clock, *work) for clock in clocks_mhz])
         latency_s = batch_s + host_s
         return latency_s, (batch_s * power_w + host_s * idle_w[:, None, None]) / latency_s
@@ -172,6 +183,7 @@ def emulate(table: ProfileTable, host: HostTime, emulated: Profile, tp: int, clo
         emulated.for_phase("decode"),
         table.decode_latency_s[-1],
         host.decode_ms,
+        host.decode_slept_ms,
         host.decode_factor,
         batch,
         (batch, kv, 0.0, 0.0),
@@ -180,6 +192,7 @@ def emulate(table: ProfileTable, host: HostTime, emulated: Profile, tp: int, clo
         emulated.for_phase("prefill"),
         table.prefill_latency_s[-1],
         host.prefill_ms,
+        host.prefill_slept_ms,
         host.prefill_factor,
         tokens,
         (0.0, 0.0, tokens, tokens * length),

@@ -6,7 +6,8 @@ from biscale_gym.profiles import Profile
 
 CLOCKS = (750, 1290, 1980)
 HOST_MS = {"prefill": (1.2, 0.0), "decode": (0.5, 0.05)}
-LATE_MS = 0.3
+SLEPT = {"prefill": (0.3, 0.12), "decode": (0.8, 0.05)}
+"""What a batch below the top clock takes longer, before it is stretched: so much, and a share of it."""
 MODEL = {
     "layers": 4,
     "hidden_size": 256,
@@ -50,5 +51,5 @@ def truth(emulated: Profile, clock: int, batch: float, kv: float, tokens: float,
     host = fixed + each * (batch or tokens)
     work = (batch, kv, tokens, squares)
     factor = float(emulated.latency_ms(2, clock, *work) / emulated.latency_ms(2, CLOCKS[-1], *work))
-    late = LATE_MS if clock != CLOCKS[-1] else 0.0
-    return host + factor * batch_ms(*work) + late, host
+    more, share = SLEPT["decode" if batch else "prefill"] if clock != CLOCKS[-1] else (0.0, 0.0)
+    return host + factor * (more + (1 + share) * batch_ms(*work)), host

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibration.made_up import CLOCKS, PROVENANCE, batch_ms, truth
+from calibration.made_up import CLOCKS, PROVENANCE, SLEPT, batch_ms, truth
 
 from biscale_gym import cli
 from biscale_gym.calibration.calibrate import calibrate, medians
@@ -52,7 +52,10 @@ def test_a_cpu_profile_becomes_a_cluster(
     assert cluster.serving_overhead_ms == pytest.approx(3.5 - 1.2, abs=0.02)
     described = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert described["form"] == form
-    assert described["host_time"]["late_ms"] == pytest.approx(0.3, abs=0.05)
+    for phase, (more, share) in SLEPT.items():
+        found_more, found_share = described["host_time"][f"{phase}_slept_ms"]
+        for batch in (4.0, 12.0):
+            assert found_more + found_share * batch == pytest.approx(more + share * batch, abs=0.25)
     assert described["provenance"]["identity"]["device"] == "a processor"
 
 
@@ -81,6 +84,15 @@ def test_batches_in_service_scale_what_the_sweep_showed(
     host_ms = told["decode_ms"][0] + 2 * told["decode_ms"][1]
     ms = [float(each.latency_ms(2, 1980, 2, 500)) - host_ms for each in (plain, profile)]
     assert ms[1] / ms[0] == pytest.approx(told["decode_factor"], rel=1e-3)
+    # Below the top clock the core has slept in any case: a batch is slower by the one or the other, not by both.
+    more, share = told["prefill_slept_ms"]
+    for tokens in (100, 500):
+        work = (0, 0, tokens, tokens**2)
+        host_ms = told["prefill_ms"][0] + tokens * told["prefill_ms"][1]
+        swept_ms = float(plain.latency_ms(2, 1980, *work)) - host_ms
+        factor = float(emulated.latency_ms(2, 750, *work) / emulated.latency_ms(2, 1980, *work))
+        slower_ms = max(told["prefill_factor"] * swept_ms, more + (1 + share) * swept_ms)
+        assert float(profile.latency_ms(2, 750, *work)) == pytest.approx(host_ms + factor * slower_ms, rel=1e-3)
 
 
 def test_repeats_count_by_their_median(cpu_rows: Rows, write: Write) -> None:
