@@ -218,17 +218,15 @@ def live(
         governors: Folder with the sockets of those servers' governors; without it they are observed only.
     """
     from biscale_gym.cluster.placement import PHASES
-    from biscale_gym.live import attached, session
+    from biscale_gym.live import session
     from biscale_gym.live.signals import ending_signals_raise
 
     tables, _ = _consoles(None)
     urls = dict(zip(PHASES, (_names(prefill_url), _names(decode_url)), strict=True))
     names = _names(controllers)
+    given = urls if any(urls.values()) or governors is not None else None
     with ending_signals_raise():
-        if any(urls.values()) or governors is not None:
-            outcomes = attached.serve(scenario, names, urls, governors, workers, trace, seed, out)
-        else:
-            outcomes = session.serve(scenario, names, workers, trace, seed, out)
+        outcomes = session.serve(scenario, names, workers, trace, seed, out, given, governors)
     tables.print(session.table(outcomes))
     print(session.summary(outcomes))
     return 0

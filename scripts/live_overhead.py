@@ -29,10 +29,10 @@ from biscale_gym.config import load_preset
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.devices import Device
 from biscale_gym.live.emulated import EmulatedDevice
 from biscale_gym.live.pool import free_port
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.setups import setups_of
 from biscale_gym.live.status import BLOCK_BYTES

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from biscale_gym.calibration.calibrate import Calibration
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.records import DTYPE, RecordStream
-from biscale_gym.live.session import prepared
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ class HostTime:
 
     Attributes:
         decode_ms, prefill_ms: between two batches: per iteration, and per sequence (decode) or token (prefill).
-        decode_slept_ms, prefill_slept_ms: what a batch takes longer after a sleep, before it is stretched: always, and per
-            millisecond of the batch.
+        decode_slept_ms, prefill_slept_ms: what a batch takes longer after a sleep, before it is stretched: always, and
+            per millisecond of the batch.
         decode_factor, prefill_factor: of a batch in service over one in the sweep.
     """
 

@@ -5,85 +5,46 @@ The client is a proxy and a replay in one: requests are sent at the trace's arri
 is read from their metrics. Clocks are theirs: a server started with the plugin classes has a governor that this client
 tells whose policies to apply; without one nothing is set, and no joule is known (*observe-only*).
 
-A server is taken for dead when it refuses connections, for hung when it answers no request for ``hung_s``. Its requests
-are served from the start again, on other servers or when it is back, a bounded number of times.
+Requests of a server that dies or hangs (``health``) are served from the start again, on other servers or when it is
+back, a bounded number of times.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
 import json
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from biscale_gym.cluster.placement import Phase
-from biscale_gym.config import load_preset
-from biscale_gym.control.controllers import PlanContext, make_controller, parsed_variant
-from biscale_gym.control.scenario import load_scenario
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.live import messages as m
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.governed import ARRIVAL, FIRST_TOKEN
 from biscale_gym.live.governor_link import GovernorLink
+from biscale_gym.live.health import Watch, read
 from biscale_gym.live.http_client import ServerGone, ServerRefused, events, fetch
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome
 from biscale_gym.live.served import Served, ledger_of
-from biscale_gym.live.servers import Server, connect, pick, welcome
-from biscale_gym.live.session import prepared
+from biscale_gym.live.servers import Server, pick, welcome
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.vllm_adapter import server as v
-from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID
-from biscale_gym.live.vllm_adapter.options import FETCHED
 from biscale_gym.traces import Trace
 
 OBSERVE_ONLY = "observe-only"
 """In a controller's place where no server has a governor, and of a run in which a clock is not set."""
-POLL_S = 0.5
 LEAD_S = 0.2
 
 
 class _Failed(Exception):
     """An attempt at a request came to nothing."""
-
-
-class _MetricsFile:
-    """A server's metrics over time, CSV; a disk that fails ends the file, not the run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("w", newline="", encoding="ascii")
-        self._writer = csv.writer(self._file)
-        self._broken = False
-        self._put("time_s", "running", "waiting", "kv_usage", "prompt_tokens_computed", "prompt_tokens_fetched")
-
-    def put(self, now_s: float, metrics: v.Metrics, prompt_tokens: Mapping[str, int]) -> None:
-        """A line; the prompt tokens are those of this run."""
-        fetched = prompt_tokens.get(FETCHED, 0)
-        computed = sum(prompt_tokens.values()) - fetched
-        self._put(
-            f"{now_s:.3f}", metrics.running, metrics.waiting, f"{metrics.kv_usage:.6g}", str(computed), str(fetched)
-        )
-
-    def _put(self, *cells: object) -> None:
-        if self._broken:
-            return
-        try:
-            self._writer.writerow(cells)
-            self._file.flush()
-        except OSError as error:
-            self._broken = True
-            print(f"biscale-gym: {self._path}: {error.strerror}; the run goes on without it", file=sys.stderr)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 class AttachedReplay:
@@ -140,7 +101,7 @@ class AttachedReplay:
         for server in self._servers:
             server.fresh()
             try:
-                await self._read(server)
+                await read(server)
             except (ServerGone, ServerRefused) as error:
                 raise LiveError(f"{server.name} does not answer: {error}") from error
             if server.governor is not None:
@@ -151,7 +112,11 @@ class AttachedReplay:
                 server.governor.go(self._origin_s)
             welcome(server, self._servers)
         scenario = self._context.scenario
-        watchers = [asyncio.create_task(self._watch(server)) for server in self._servers]
+        watches = [
+            Watch(server, self._folder, self._settings.hung_s, self._now_s, self._mourn, self._welcome)
+            for server in self._servers
+        ]
+        watchers = [asyncio.create_task(watch.run()) for watch in watches]
         requests = [asyncio.create_task(self._serve(served)) for served in self._served]
         try:
             await self._finish(requests, watchers, scenario.duration_s + scenario.drain_limit_s)
@@ -163,7 +128,7 @@ class AttachedReplay:
             await asyncio.gather(*requests, *watchers, return_exceptions=True)
         for server in self._servers:
             with contextlib.suppress(ServerGone, ServerRefused):
-                await self._read(server)
+                await read(server)
             if server.governor is not None:
                 report = await asyncio.to_thread(server.governor.end)
                 self._reports += [] if report is None else [report]
@@ -282,41 +247,8 @@ class AttachedReplay:
 
     # -- servers -------------------------------------------------------------------------------------------------------
 
-    async def _watch(self, server: Server) -> None:
-        """Read a server's metrics, and notice when it dies, hangs and comes back."""
-        file = _MetricsFile(self._folder / f"{server.name}.metrics.csv")
-        limit_s = self._settings.hung_s
-        try:
-            while True:
-                try:
-                    if server.up.is_set():
-                        async with asyncio.timeout(limit_s):
-                            metrics = await self._read(server)
-                        file.put(self._now_s(), metrics, server.prompt_tokens)
-                        silent_s = time.monotonic() - server.heard_s
-                        if server.asked and silent_s > limit_s:
-                            self._mourn(server, f"has answered no request for {silent_s:.1f} s")
-                    else:
-                        await self._try_again(server)
-                except TimeoutError:
-                    self._mourn(server, f"has said nothing for {limit_s:g} s")
-                except (ServerGone, ServerRefused) as error:
-                    self._mourn(server, f"is gone: {error}")
-                await asyncio.sleep(POLL_S)
-        finally:
-            file.close()
-
-    async def _read(self, server: Server) -> v.Metrics:
-        """The metrics now, its tokens counted."""
-        metrics = v.read_metrics((await fetch(server.url, v.METRICS)).decode("utf-8", "replace"), server.url.text)
-        server.count(metrics.prompt_tokens)
-        if server.governor is not None and self._origin_s:
-            server.governor.listen()
-        return metrics
-
     def _mourn(self, server: Server, why: str) -> None:
         """A server is down: what depends on it is given up."""
-        server.up.clear()
         self._deaths.append(f"{server.name} {why}")
         print(f"biscale-gym: {server.name} {why}", file=sys.stderr)
         for number in server.asked | server.holds:
@@ -325,15 +257,11 @@ class AttachedReplay:
                 self._lost.add(number)
                 attempt.cancel()
 
-    async def _try_again(self, server: Server) -> None:
-        """One prompt shows whether a server that was down serves again; its governor is told what to do."""
-        body = v.prefill_body(server.served.model, [FIRST_TOKEN_ID], False, {})
-        with contextlib.suppress(OSError, EOFError, ServerRefused):
-            async with asyncio.timeout(self._settings.hung_s):
-                await fetch(server.url, v.COMPLETIONS, body)
-            if server.governor is not None:
-                await asyncio.to_thread(self._begin_again, server, server.governor)
-            welcome(server, self._servers)
+    async def _welcome(self, server: Server) -> None:
+        """A server is back: its governor is told what to do, and it takes requests again."""
+        if server.governor is not None:
+            await asyncio.to_thread(self._begin_again, server, server.governor)
+        welcome(server, self._servers)
 
     # -- governors -----------------------------------------------------------------------------------------------------
 
@@ -395,47 +323,3 @@ class AttachedReplay:
             control_s=np.concatenate(control) if control else np.zeros(0),
             records_dropped=sum(report.records_dropped for report in self._reports),
         )
-
-
-def serve(
-    scenario_name: str,
-    controllers: Sequence[str],
-    urls: Mapping[Phase, Sequence[str]],
-    governors: Path | None,
-    preset: str,
-    trace_file: str | None,
-    seed: int,
-    folder: Path,
-) -> list[Outcome]:
-    """Serve the scenario's trace on running servers, under each controller's clock policies in turn.
-
-    Args:
-        scenario_name: its workload, clocks and SLO count; its placement only for routing weights.
-        controllers: names or ``module:Class``; without governors one run of none.
-        urls: of the servers, by phase.
-        governors: folder of their governors' sockets, if they have any.
-        preset: of live settings, or a file.
-        trace_file: in place of the scenario's workload.
-        seed: of the trace and of the prompts' token ids.
-        folder: for records.
-
-    Raises:
-        ConfigError, TraceError, ControllerError, LiveError: what is wrong.
-    """
-    scenario = load_scenario(scenario_name)
-    settings = load_preset(LiveSettings, "live", preset)
-    for name in controllers:
-        make_controller(*parsed_variant(name))
-    servers = connect(urls, scenario, governors)
-    trace, context = prepared(scenario, trace_file, seed)
-    try:
-        if servers[0].governor is None:
-            controllers = [OBSERVE_ONLY]
-        return [
-            AttachedReplay(servers, trace, name, context, settings, folder / name.replace(":", "."), seed).run()
-            for name in controllers
-        ]
-    finally:
-        for server in servers:
-            if server.governor is not None:
-                server.governor.close()

@@ -26,15 +26,15 @@ from pydantic import Field
 from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.config import ConfigError, Settings, read_yaml, validate
-from biscale_gym.control.controllers import PlanContext, make_controller, parsed_variant
+from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.device_choice import open_device
 from biscale_gym.live.devices import NOTHING, Device
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
 from biscale_gym.live.records import RecordStream
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import DeviceSettings
 from biscale_gym.live.vllm_adapter.scheduler import (
     Held,
@@ -164,7 +164,7 @@ class _Run:
         self.slo_s = scenario.slo.tpot_s if setting.phase == "decode" else scenario.slo.ttft_s - overhead_s
         policy: PhasePolicy | None = None
         if controller is not None:
-            policies = make_controller(*parsed_variant(controller)).policies(context)
+            policies = m.Variant.parsed(controller).make().policies(context)
             policy = policies[PHASES.index(setting.phase)]
         self.wants_slack = setting.phase == "decode" and policy is not None and policy.slack
         instance = InstanceSetting(

@@ -40,11 +40,11 @@ from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import generated_demand
 from biscale_gym.live import messages as m
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Died, Pool, WorkerProcess
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Replay
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.vllm_adapter.install import require_vllm
 from biscale_gym.live.vllm_adapter.model import FIRST_TOKEN_ID

@@ -155,6 +155,13 @@ def connect(urls: Mapping[Phase, Sequence[str]], scenario: ScenarioSettings, gov
     return servers
 
 
+def hang_up(servers: Sequence[Server]) -> None:
+    """Let their own controllers be in charge again."""
+    for server in servers:
+        if server.governor is not None:
+            server.governor.close()
+
+
 @dataclass(frozen=True)
 class Started:
     """A server that was started here.

@@ -1,43 +1,30 @@
-"""``biscale-gym live``: controllers one after another on the same live workers and the same trace."""
+"""``biscale-gym live``: controllers one after another on the same workers or servers and the same trace."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from biscale_gym.cluster.placement import Phase
 from biscale_gym.config import load_preset
-from biscale_gym.control.controllers import PlanContext
-from biscale_gym.control.scenario import ScenarioSettings, load_scenario
-from biscale_gym.control.workload import requests_for
+from biscale_gym.control.scenario import load_scenario
+from biscale_gym.live.attached import OBSERVE_ONLY, AttachedReplay
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.messages import Variant
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.replay import Outcome, Replay
+from biscale_gym.live.servers import connect, hang_up
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.vllm_adapter.options import FETCHED
 from biscale_gym.metrics import tpot_s, ttft_s
-from biscale_gym.traces import Trace
 
 FloatArray = npt.NDArray[np.float64]
-
-
-def prepared(scenario: ScenarioSettings, trace_file: str | None, seed: int) -> tuple[Trace, PlanContext]:
-    """The trace to replay, and what controllers know.
-
-    Raises:
-        ConfigError, TraceError, ProfileError: a scenario or trace that cannot be used.
-    """
-    profile = scenario.cluster.profile()
-    requests = requests_for(scenario, profile, "test" if trace_file is None else "all", seed, trace_file, None)
-    clocks_mhz = {*scenario.clocks_mhz, scenario.top_clock_mhz}
-    context = PlanContext(
-        scenario, profile, requests.training, requests.mean_rate_rps, clocks_mhz=tuple(sorted(clocks_mhz))
-    )
-    return requests.evaluated, context
 
 
 def serve(
@@ -47,8 +34,10 @@ def serve(
     trace_file: str | None,
     seed: int,
     folder: Path,
+    urls: Mapping[Phase, Sequence[str]] | None = None,
+    governors: Path | None = None,
 ) -> list[Outcome]:
-    """Serve the scenario's trace live under each controller's clock policies.
+    """Serve the scenario's trace live under each controller's clock policies in turn.
 
     Args:
         scenario_name: its placement says which workers there are; a phase without a policy holds its top clock.
@@ -57,18 +46,32 @@ def serve(
         trace_file: in place of the scenario's workload.
         seed: of the trace and of the prompts' token ids.
         folder: for records.
+        urls: of servers that are running already, by phase, in place of workers; the placement then only weighs them.
+            Without governors in them there is one run, under no controller.
+        governors: folder of their governors' sockets, if they have any.
 
     Raises:
         ConfigError, TraceError, ControllerError, LiveError: what is wrong.
     """
     scenario = load_scenario(scenario_name)
     settings = load_preset(LiveSettings, "live", preset)
-    trace, context = prepared(scenario, trace_file, seed)
     for name in controllers:
         Variant.parsed(name).make()
-    folder.mkdir(parents=True, exist_ok=True)
-    with Pool(scenario, settings, folder) as pool:
-        return [Replay(pool, trace, name, context, folder / name.replace(":", "."), seed).run() for name in controllers]
+    with contextlib.ExitStack() as opened:
+        if urls is not None:
+            servers = connect(urls, scenario, governors)
+            opened.callback(hang_up, servers)
+        trace, context = prepared(scenario, trace_file, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = {name: folder / name.replace(":", ".") for name in controllers}
+        if urls is None:
+            pool = opened.enter_context(Pool(scenario, settings, folder))
+            return [Replay(pool, trace, name, context, into, seed).run() for name, into in runs.items()]
+        if servers[0].governor is None:
+            runs = {OBSERVE_ONLY: folder / OBSERVE_ONLY}
+        return [
+            AttachedReplay(servers, trace, name, context, settings, into, seed).run() for name, into in runs.items()
+        ]
 
 
 def _quantile_ms(values_s: FloatArray, percent: float) -> str:

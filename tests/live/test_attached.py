@@ -27,11 +27,11 @@ from biscale_gym.cluster.placement import PHASES
 from biscale_gym.config import load_preset
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.attached import OBSERVE_ONLY, AttachedReplay
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome
-from biscale_gym.live.servers import Started, await_up, connect, start, stop
-from biscale_gym.live.session import prepared
+from biscale_gym.live.servers import Started, await_up, connect, hang_up, start, stop
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.metrics import tpot_s
 from biscale_gym.traces import Trace
@@ -84,9 +84,7 @@ def play(
         try:
             return AttachedReplay(attached, trace, controller, context, patient, tmp_path / controller).run()
         finally:
-            for server in attached:
-                if server.governor is not None:
-                    server.governor.close()
+            hang_up(attached)
 
     return run
 

@@ -27,11 +27,11 @@ from biscale_gym.cluster.placement import PHASES
 from biscale_gym.config import load_preset, read_yaml
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.attached import AttachedReplay
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome, Replay, Watcher
 from biscale_gym.live.servers import await_up, connect, start, stop
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
 
 pytestmark = REAL_WORKERS

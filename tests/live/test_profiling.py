@@ -15,11 +15,11 @@ from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.config import load_preset, preset_names
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import profiling
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.profiling import Point, ProfileFile, Sweep, SweepSettings, done, half_width_percent, points_of
 from biscale_gym.live.records import DTYPE
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.vllm_adapter.model import write_model
 from biscale_gym.profiles.iterations import read_profiled

@@ -16,13 +16,13 @@ from biscale_gym import cli
 from biscale_gym.config import ConfigError
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import governed
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.device_choice import open_device
 from biscale_gym.live.devices import Device
 from biscale_gym.live.errors import DeviceError, LiveError
 from biscale_gym.live.http_client import Url
 from biscale_gym.live.pool import free_port
 from biscale_gym.live.servers import Server, pick, welcome
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import NvmlDeviceSettings
 from biscale_gym.live.vllm_adapter import server as v
 

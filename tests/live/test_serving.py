@@ -32,11 +32,11 @@ from live.helpers import (
 from biscale_gym.config import load_preset
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import ScenarioSettings
+from biscale_gym.live.demand import prepared
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Pool, WorkerProcess
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome, Replay, Watcher
-from biscale_gym.live.session import prepared
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.worker import ORPHAN_GRACE_S
 from biscale_gym.metrics import tpot_s, ttft_s
