@@ -617,6 +617,8 @@ def profile(
     """
     scenario = load_scenario(scenario_name)
     settings = load_preset(LiveSettings, "live", preset)
+    if settings.device.kind != "emulated":
+        raise LiveError(f"{preset}: this measures workers on CPUs; cards are profiled by scripts/profile_h100.py")
     sweep = load_preset(SweepSettings, "profiling", sweep_preset)
     _, context = prepared(scenario, None, seed)
     with tempfile.TemporaryDirectory(prefix="biscale-model-") as folder, Pool(scenario, settings, Path(folder)) as pool:

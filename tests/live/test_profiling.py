@@ -146,6 +146,13 @@ def test_prefill_rows_follow_a_batch_that_fills_the_budget(tmp_path: Path) -> No
     assert reader(tmp_path)._prefill_rows(point, records(rows[:-1])) == []
 
 
+def test_cards_are_profiled_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(
+        LiveError, match=r"h100: this measures workers on CPUs; cards are profiled by scripts/profile_h"
+    ):
+        profiling.profile("live-h100", "h100", "quick", (), tmp_path / "p.csv", 0)
+
+
 def test_the_profiled_model_is_the_one_that_runs(settings: LiveSettings, tmp_path: Path) -> None:
     model = settings.dimensions(ClusterSettings())
     config = json.loads((write_model(tmp_path / "m", model, 2048) / "config.json").read_text())
