@@ -277,14 +277,19 @@ def test_workers_are_replaced_after_the_forkserver_has_died(play: Play, pool: Po
 
 
 def test_a_request_whose_workers_die_again_and_again_fails(play: Play, settings: LiveSettings) -> None:
+    killed: list[int] = []
+
     def watch(phase: str, number: int, worker: WorkerProcess) -> None:
         if (phase, number) == ("decode", 0):
+            killed.append(worker.pid)
             kill(worker)
 
     outcome = play(steady(1), watcher=watch)
     assert outcome.states["failed"] == 1
     assert outcome.retried == settings.retries
-    assert outcome.replaced.count("decode-0 ended with status -9") == settings.retries + 1
+    # Where the next worker takes longer to start than KV is leased for, an attempt ends without having met one.
+    assert 1 <= len(killed) <= settings.retries + 1
+    assert outcome.replaced == ("decode-0 ended with status -9",) * len(killed)
 
 
 def test_a_worker_that_dies_too_often_ends_the_run(play: Play, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
