@@ -528,9 +528,10 @@ def write_figures(results: Results, scenarios: Sequence[str], folder: Path) -> l
     """Energy per token over the loads, and the placements chosen; PNG and SVG.
 
     Raises:
-        EvaluationError: matplotlib is not installed.
+        DrawingError: matplotlib is not installed.
     """
-    from biscale_gym.evaluation.plots import drawing, save, write_plots
+    from biscale_gym.drawing import drawing, save
+    from biscale_gym.evaluation.plots import write_plots
 
     shipped = [summary for summary in results.summaries if summary.scenario in scenarios]
     shown = [summary for summary in shipped if summary.controller in ROLES]
@@ -549,7 +550,7 @@ def energy_figure(results: Results, loads: Sequence[str]) -> Any:
     """Joules per token of each phase over the controlled loads, with 95 % intervals."""
     import matplotlib.pyplot as plt
 
-    from biscale_gym.evaluation.plots import COLOURS
+    from biscale_gym.drawing import COLOURS
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     rates_rps = [float(load.rpartition("-")[2]) for load in loads]

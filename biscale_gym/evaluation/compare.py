@@ -42,7 +42,8 @@ def compare(
 
     Raises:
         RecordsError: the folder's records cannot be read or written.
-        EvaluationError: a scenario or trace does not exist, or plots are asked for without matplotlib.
+        EvaluationError: a scenario or trace does not exist.
+        DrawingError: plots are asked for without matplotlib.
     """
     store = RecordStore(out)
     result = run_matrix(jobs, store, workers, runner, progress)

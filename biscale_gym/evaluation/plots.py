@@ -1,72 +1,37 @@
-"""The pictures of a matrix, as PNG and SVG: where the joules go, how latencies are spread, what every instance did.
-
-Colours are Okabe and Ito's (readable with every common colour blindness) and perceptually uniform maps. matplotlib is
-imported only when a plot is asked for, and draws without a display.
-"""
+"""The pictures of a matrix, as PNG and SVG: where the joules go, how latencies are spread, what every instance did."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from biscale_gym.evaluation.faults import EvaluationError
+from biscale_gym.drawing import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Latencies,
+    drawing,
+    latency_figure,
+    save,
+    timeline_figure,
+)
 from biscale_gym.evaluation.records import RecordStore
-from biscale_gym.evaluation.summary import REFERENCE, Summary, quantile
+from biscale_gym.evaluation.summary import REFERENCE, Summary
 from biscale_gym.evaluation.windows import IDLE, clock_shares, mean_clock_shares, over_seeds, window_arrays
 
 Floats = npt.NDArray[np.float64]
 
-_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY, _YELLOW = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-)
-_GREY = "#9A9A9A"
-_WIDEST_IN_SLO = 3.0
-_LABELLED_ROWS = 16
-_COLUMNS = 180
-_LEAST_CLOCK = 0.3
-COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _YELLOW, "#000000")
-_DASHES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 KINDS = ("energy", "latency", "windows", "clocks", "timeline")
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "figure.dpi": 100,
-    "savefig.dpi": 160,
-    "svg.hashsalt": "biscale-gym",
-}
-
-
-@contextmanager
-def drawing(folder: Path) -> Iterator[None]:
-    """Sets matplotlib up for figures in ``folder``, which is made.
-
-    Raises:
-        EvaluationError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise EvaluationError("plots need matplotlib: pip install 'biscale-gym[plots]', or --no-plots") from error
-    mpl.use("agg")
-    folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
-        yield
 
 
 def write_plots(
@@ -75,7 +40,7 @@ def write_plots(
     """Writes the plots of these kinds (of ``KINDS``) for every scenario; returns the files.
 
     Raises:
-        EvaluationError: matplotlib is not installed.
+        DrawingError: matplotlib is not installed.
         RecordsError: a run's timeline is missing or altered.
     """
     written: list[Path] = []
@@ -128,16 +93,16 @@ def energy_bars(own: Sequence[Summary]) -> Any:
 
     scale, unit = (1e6, "MJ") if max(s.mean("total_energy_j") for s in own) >= 1e6 else (1e3, "kJ")
     by_phase = [
-        ("prefill GPUs", _BLUE, [s.mean("prefill_energy_j") for s in own]),
-        ("decode GPUs", _ORANGE, [s.mean("decode_energy_j") for s in own]),
-        ("unallocated GPUs", _GREY, [s.mean("unallocated_energy_j") for s in own]),
+        ("prefill GPUs", BLUE, [s.mean("prefill_energy_j") for s in own]),
+        ("decode GPUs", ORANGE, [s.mean("decode_energy_j") for s in own]),
+        ("unallocated GPUs", GREY, [s.mean("unallocated_energy_j") for s in own]),
     ]
     by_use = [
-        ("computing", _GREEN, [_computing(s) for s in own]),
-        ("idle", _SKY, [s.mean("idle_energy_j") for s in own]),
-        ("loading weights", _PURPLE, [s.mean("loading_energy_j") for s in own]),
-        ("while switching clocks", _VERMILION, [s.mean("switching_energy_j") for s in own]),
-        ("unallocated", _GREY, [s.mean("unallocated_energy_j") for s in own]),
+        ("computing", GREEN, [_computing(s) for s in own]),
+        ("idle", SKY, [s.mean("idle_energy_j") for s in own]),
+        ("loading weights", PURPLE, [s.mean("loading_energy_j") for s in own]),
+        ("while switching clocks", VERMILION, [s.mean("switching_energy_j") for s in own]),
+        ("unallocated", GREY, [s.mean("unallocated_energy_j") for s in own]),
     ]
     figure, panels = plt.subplots(1, 2, figsize=(4.6 + 1.5 * len(own), 4.2), sharey=True, layout="constrained")
     against = f"; change of the total against {REFERENCE}" if any(s.ratios for s in own) else ""
@@ -180,97 +145,21 @@ def _stack(panel: Any, own: Sequence[Summary], parts: list[tuple[str, str, Float
 
 
 def latency_distributions(own: Sequence[Summary]) -> Any:
-    """Distribution of TTFT and TPOT over the pooled requests, on a scale that opens the tail, with the SLO marked."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.4), sharey=True, layout="constrained")
-    figure.suptitle(_heading(own), fontsize=11)
+    """Distribution of TTFT and TPOT over the pooled requests, with the SLO marked."""
     slo = own[0].slo
-    for panel, name, target_s in ((panels[0], "TTFT", slo.ttft_s), (panels[1], "TPOT", slo.tpot_s)):
-        _distribution(panel, own, name, 1e3 * target_s)
-    panels[0].set_ylabel("share of served requests at or below")
-    return figure
-
-
-def _distribution(panel: Any, own: Sequence[Summary], name: str, slo_ms: float) -> None:
-    top = 1e-4
-    right = 1.3 * slo_ms
-    for index, summary in enumerate(sorted(own, key=lambda s: s.controller)):
-        values = 1e3 * (summary.ttft_s if name == "TTFT" else summary.tpot_s)
-        if not len(values):
-            continue
-        beyond = 1.0 - (np.arange(len(values)) + 0.5) / len(values)
-        p99 = quantile(values, 0.99)
-        colour, dash = COLOURS[index % len(COLOURS)], _DASHES[index % len(_DASHES)]
-        panel.plot(
-            values, beyond, color=colour, linestyle=dash, linewidth=1.7, label=f"{summary.controller}: P99 {p99:.0f} ms"
-        )
-        panel.plot([p99], [0.01], marker="o", color=colour, markersize=5.5, markeredgecolor="white", zorder=4)
-        right = max(right, min(1.25 * quantile(values, 0.999), _WIDEST_IN_SLO * slo_ms))
-    panel.axvline(slo_ms, color=_VERMILION, linewidth=1.4)
-    panel.axvspan(slo_ms, right, color=_VERMILION, alpha=0.07, linewidth=0)
-    panel.annotate(
-        f"SLO {slo_ms:g} ms",
-        (slo_ms, 1.01),
-        xycoords=("data", "axes fraction"),
-        va="bottom",
-        ha="center",
-        fontsize=8.5,
-        color=_VERMILION,
+    return latency_figure(
+        _heading(own),
+        [
+            Latencies("TTFT", slo.ttft_s, {summary.controller: summary.ttft_s for summary in own}),
+            Latencies("TPOT", slo.tpot_s, {summary.controller: summary.tpot_s for summary in own}),
+        ],
     )
-    panel.axhline(0.01, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-    panel.set_yscale("log")
-    panel.set_ylim(1.0, top)
-    panel.set_yticks(
-        [1.0, 0.5, 0.1, 0.05, 0.01, 1e-3, top], ["0 %", "50 %", "90 %", "95 %", "99 %", "99.9 %", "99.99 %"]
-    )
-    panel.minorticks_off()
-    panel.set_xlim(0, right)
-    panel.set_xlabel(f"{'time to first token' if name == 'TTFT' else 'time per output token'}, {name} (ms)")
-    panel.grid(color="#E8E8E8")
-    panel.legend(loc="lower right", fontsize=8.5, framealpha=0.92, edgecolor="none", handlelength=3)
 
 
 def timelines(summary: Summary, timeline: Mapping[str, npt.NDArray[Any]]) -> Any:
-    """Clock, queue, batch and power of every instance over the first seed: a row per instance, a column per phase.
-
-    ``timeline`` holds ``time_s`` float64[T], ``clock_mhz``, ``queue``, ``batch``, ``power_w`` [T, I] (NaN while an
-    instance is not there), and ``label`` str[I], whose labels begin with the phase.
-    """
-    import matplotlib.pyplot as plt
-
-    labels = [str(label) for label in timeline["label"]]
-    phases = [[i for i, label in enumerate(labels) if label.startswith(phase)] for phase in ("prefill", "decode")]
-    edges_s, starts = _bins(np.asarray(timeline["time_s"], dtype=np.float64))
-    quantities = (
-        ("clock_mhz", "SM clock (MHz)", "viridis"),
-        ("queue", "waiting (requests)", "magma_r"),
-        ("batch", "batch (requests)", "cividis"),
-        ("power_w", "power (W per instance)", "inferno"),
-    )
-    height = 1.1 + len(quantities) * (0.55 + 0.17 * min(_LABELLED_ROWS, max(map(len, phases))))
-    figure, panels = plt.subplots(
-        len(quantities), 2, figsize=(12.5, height), sharex=True, squeeze=False, layout="constrained"
-    )
+    """Clock, queue, batch and power of every instance over the first seed (``drawing.timeline_figure``)."""
     run = f"{summary.controller}, seed {summary.records[0].row['seed']}"
-    width_s = edges_s[1] - edges_s[0]
-    title = f"{_short(summary.scenario)} on {summary.trace}: {run}; means of samples over {width_s:.3g} s"
-    figure.suptitle(title, fontsize=11)
-    for row, (key, name, colours) in enumerate(quantities):
-        values = _means(np.asarray(timeline[key], dtype=np.float64), starts)
-        for column, instances in enumerate(phases):
-            panel = panels[row][column]
-            panel.set_title(f"{('prefill', 'decode')[column]}: {name}", loc="left", fontsize=9)
-            if not instances:
-                panel.text(0.5, 0.5, "no instance", transform=panel.transAxes, ha="center", va="center", color=_GREY)
-                continue
-            top = np.nanmax(values if key == "clock_mhz" else values[:, instances])
-            _heat(panel, figure, edges_s, values[:, instances], colours, _LEAST_CLOCK * top * (key == "clock_mhz"), top)
-            shown = range(0, len(instances), math.ceil(len(instances) / _LABELLED_ROWS))
-            panel.set_yticks(shown, [labels[instances[i]] for i in shown], fontsize=7)
-    for panel in panels[-1]:
-        panel.set_xlabel("time (s)")
-    return figure
+    return timeline_figure(f"{_short(summary.scenario)} on {summary.trace}: {run}", timeline)
 
 
 def window_figures(own: Sequence[Summary], windows: Sequence[Sequence[Mapping[str, Floats]]]) -> Any:
@@ -298,14 +187,14 @@ def window_figures(own: Sequence[Summary], windows: Sequence[Sequence[Mapping[st
                 [scale * one.value for one in intervals],
                 [scale * float(np.nan_to_num(one.high - one.value)) for one in intervals],
                 color=COLOURS[index % len(COLOURS)],
-                linestyle=_DASHES[index % len(_DASHES)],
+                linestyle=DASHES[index % len(DASHES)],
                 marker="o",
                 markersize=4,
                 capsize=3,
                 label=summary.controller,
             )
         if target_s is not None:
-            panel.axhline(scale * target_s, color=_VERMILION, linewidth=1.4)
+            panel.axhline(scale * target_s, color=VERMILION, linewidth=1.4)
         panel.set_title(title)
         panel.set_ylim(bottom=0.0)
         panel.grid(color="#E8E8E8")
@@ -332,7 +221,7 @@ def clock_figure(own: Sequence[Summary], shares: Sequence[Mapping[str, Mapping[i
         base: Floats = np.zeros(len(own))
         for clock in (*clocks, IDLE):
             height = np.array([100.0 * each[phase].get(clock, 0.0) for each in shares])
-            colour, name = (_GREY, "no work") if clock == IDLE else (colours[clock], f"{clock} MHz")
+            colour, name = (GREY, "no work") if clock == IDLE else (colours[clock], f"{clock} MHz")
             panel.bar(range(len(own)), height, 0.62, bottom=base, color=colour, edgecolor="white", label=name)
             base = base + height
         panel.set_title(f"{phase} GPUs")
@@ -344,50 +233,10 @@ def clock_figure(own: Sequence[Summary], shares: Sequence[Mapping[str, Mapping[i
     return figure
 
 
-def _bins(time_s: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Columns wide enough to be seen: their edges, seconds, float64[B + 1], and the first sample of each, int64[B]."""
-    starts = np.arange(0, len(time_s), math.ceil(len(time_s) / _COLUMNS), dtype=np.int64)
-    step_s = float(time_s[-1] - time_s[-2]) if len(time_s) > 1 else 1.0
-    return np.append(time_s[starts], time_s[-1] + step_s), starts
-
-
-def _means(values: Floats, starts: npt.NDArray[np.int64]) -> Floats:
-    """Means of the samples [T, I] in each column, [B, I]; NaN where the instance was never there."""
-    there = ~np.isnan(values)
-    count = np.add.reduceat(there.astype(np.float64), starts, axis=0)
-    total = np.add.reduceat(np.where(there, values, 0.0), starts, axis=0)
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-
-
-def _heat(panel: Any, figure: Any, edges_s: Floats, values: Floats, colours: str, low: float, high: float) -> None:
-    rows = np.arange(values.shape[1] + 1) - 0.5
-    shown = panel.pcolormesh(
-        edges_s, rows, np.ma.masked_invalid(values.T), cmap=colours, vmin=low, vmax=high or 1.0, rasterized=True
-    )
-    panel.invert_yaxis()
-    panel.tick_params(length=2)
-    bar = figure.colorbar(shown, ax=panel, pad=0.01, fraction=0.03)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
-
-
 def _heading(own: Sequence[Summary]) -> str:
     first = own[0]
     seeds = max(len(s.records) for s in own)
     return f"{_short(first.scenario)} on {first.trace}, {seeds} seed{'s' * (seeds > 1)}"
-
-
-def save(figure: Any, stem: Path) -> list[Path]:
-    """Writes a figure as PNG and SVG and closes it."""
-    import matplotlib.pyplot as plt
-
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".svg")]
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")  # laid out once for both files
-    for path in paths:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    return paths
 
 
 def _short(scenario: str) -> str:

@@ -16,6 +16,7 @@ from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.scenario import load_scenario
+from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.mlp import ClockMLP
 from biscale_gym.envs.policies import ControllerPolicy, HighestClock, PlannerPolicy
 from biscale_gym.envs.settings import TRACES
@@ -27,6 +28,7 @@ from biscale_gym.training.environments import PLACEMENT, env_arguments, make_par
 from biscale_gym.training.errors import TrainingError
 from biscale_gym.training.export import clock_model
 from biscale_gym.training.settings import TrainingSettings
+from biscale_gym.training.watching import Watch
 
 ENERGY = {"BiScale/Prefill-v0": "prefill_energy_j", "BiScale/Decode-v0": "decode_energy_j"}
 """What an environment of one phase is judged by; the others by ``total_energy_j``."""
@@ -35,6 +37,8 @@ ATTAINMENTS = {"BiScale/Prefill-v0": ("ttft_attainment",), "BiScale/Decode-v0": 
 SHOWN = {"BiScale/Prefill-v0": "ttft_attainment", "BiScale/Decode-v0": "tpot_attainment"}
 """The share that is held against the reference's; of the others ``joint_attainment``."""
 MAX_CLOCK = "max-clock"
+POLICY = "policy"
+"""What is evaluated, beside the references' names."""
 LATE = 100.0
 """More than any energy over a reference's, or megajoules of an episode."""
 Floats = NDArray[np.float64]
@@ -119,8 +123,8 @@ def _begin(envs: GymnasiumVecEnv, settings: TrainingSettings) -> Any:
     return envs.reset()
 
 
-def _play(envs: GymnasiumVecEnv, settings: TrainingSettings, predict: Predict) -> Played:
-    """Every lane's first episode; what a lane does after it is not looked at."""
+def _play(envs: GymnasiumVecEnv, settings: TrainingSettings, predict: Predict, watch: Watch | None = None) -> Played:
+    """Every lane's first episode, of which ``watch`` sees lane 0's; what a lane does after it is not looked at."""
     observations = _begin(envs, settings)
     lanes = envs.num_envs
     metrics: list[dict[str, float] | None] = [None] * lanes
@@ -129,6 +133,8 @@ def _play(envs: GymnasiumVecEnv, settings: TrainingSettings, predict: Predict) -
     starts = np.ones(lanes, np.bool_)
     memory: Any = None
     while going_on.any():
+        if watch is not None:
+            _look(envs, watch)
         actions, memory = predict(observations, memory, starts)
         observations, rewards, starts, infos = envs.step(actions)
         returns += rewards * going_on
@@ -136,6 +142,14 @@ def _play(envs: GymnasiumVecEnv, settings: TrainingSettings, predict: Predict) -
             metrics[lane] = infos[lane]["episode_metrics"]
         going_on &= ~starts
     return _pooled(settings.env_id, [one for one in metrics if one is not None], float(returns.mean()))
+
+
+def _look(envs: GymnasiumVecEnv, watch: Watch) -> None:
+    try:
+        simulator = envs.get_attr("simulator", 0)[0]
+    except EnvironmentUsageError:  # of Placement, before its first window
+        return
+    watch.look(simulator, envs.get_attr("episode", 0)[0])
 
 
 def _pooled(env_id: str, metrics: Sequence[dict[str, float]], mean_return: float) -> Played:
@@ -161,11 +175,11 @@ def _changed(settings: TrainingSettings) -> dict[str, Any]:
     return changed
 
 
-def _reference(settings: TrainingSettings, scenario: str, name: str) -> Played:
-    """What a reference does on the evaluation's episodes."""
+def _reference(settings: TrainingSettings, scenario: str, name: str, watch: Watch | None = None) -> Played:
+    """What a reference does on the evaluation's episodes; ``watch`` sees the first one."""
     changed = _changed(settings)
     if settings.env_id == PLACEMENT:
-        return _planned(settings, scenario, name, changed)
+        return _planned(settings, scenario, name, changed, watch)
 
     def lanes(**more: Any) -> GymnasiumVecEnv:
         return make_part(settings, scenario, settings.evaluation.episodes, wrapped=False, **{**changed, **more})
@@ -181,7 +195,7 @@ def _reference(settings: TrainingSettings, scenario: str, name: str) -> Played:
             points = agent.prefill_points if prefill else agent.decode_points
             envs = lanes(decision_points=points, decide_every=1)
             agent = ControllerPolicy(name, envs)
-    return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations))
+    return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations), watch)
 
 
 class _Guarded:
@@ -205,15 +219,17 @@ class _Guarded:
         return None, clocks.policy(context.clocks_mhz, slo.tpot_s)
 
 
-def _guarded(settings: TrainingSettings, scenario: str, clocks: ClockMLP) -> Played:
+def _guarded(settings: TrainingSettings, scenario: str, clocks: ClockMLP, watch: Watch | None = None) -> Played:
     """A clock model with its shield on the evaluation's episodes, asked at every decision point of its own."""
     changed = {**_changed(settings), "decision_points": clocks.decision_points, "decide_every": 1}
     envs = make_part(settings, scenario, settings.evaluation.episodes, wrapped=False, **changed)
     agent = ControllerPolicy(_Guarded(clocks), envs)
-    return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations))
+    return _play(envs, settings, lambda observations, memory, starts: agent.predict(observations), watch)
 
 
-def _planned(settings: TrainingSettings, scenario: str, name: str, changed: dict[str, Any]) -> Played:
+def _planned(
+    settings: TrainingSettings, scenario: str, name: str, changed: dict[str, Any], watch: Watch | None
+) -> Played:
     """A planner's episodes. ``max-clock`` is DistServe's placement, its clocks held at the top of the grid."""
     arguments = {**env_arguments(settings, scenario), **changed}
     if name == MAX_CLOCK:
@@ -232,6 +248,9 @@ def _planned(settings: TrainingSettings, scenario: str, name: str, changed: dict
         while not over:
             observation, reward, _, over, info = env.step(agent.predict(observation)[0])
             total += float(reward)
+        if watch is not None:
+            bare: Any = env.unwrapped
+            watch.look(bare.simulator, bare.episode)
         metrics.append(info["episode_metrics"])
         returns.append(total)
     return _pooled(settings.env_id, metrics, float(np.mean(returns)))
@@ -295,27 +314,46 @@ class Evaluator:
 
     def score(self, model: Any) -> Score:
         """Evaluate an SB3 model, with its most likely actions; with its shield, where the run gives it one."""
+        played = {scenario: self.play(model, scenario) for scenario in self._settings.scenarios}
+        return judged(self._settings, played, self.references())
+
+    def play(self, model: Any, scenario: str, watch: Watch | None = None) -> Played:
+        """What an SB3 model does on a scenario's episodes; ``watch`` sees the first one."""
         settings = self._settings
         if settings.shield != NO_SHIELD:
             clocks = clock_model(model, settings, {})
             if clocks is None:
                 raise TrainingError("shield: only compiled clock policies have one, and this run's wrappers allow none")
-            guarded = {scenario: _guarded(settings, scenario, clocks) for scenario in settings.scenarios}
-            return judged(settings, guarded, self.references())
+            return _guarded(settings, scenario, clocks, watch)
         masked = find_algorithm(settings.algorithm).masked
-        played = {}
-        for scenario in settings.scenarios:
-            if scenario not in self._envs:
-                self._envs[scenario] = make_part(settings, scenario, settings.evaluation.episodes, **_changed(settings))
-            envs = self._envs[scenario]
+        if scenario not in self._envs:
+            self._envs[scenario] = make_part(settings, scenario, settings.evaluation.episodes, **_changed(settings))
+        envs = self._envs[scenario]
 
-            def predict(observations: Any, memory: Any, starts: Any, envs: GymnasiumVecEnv = envs) -> tuple[Any, Any]:
-                masks = {"action_masks": np.stack(envs.env_method("action_masks"))} if masked else {}
-                found: tuple[Any, Any] = model.predict(observations, memory, starts, deterministic=True, **masks)
-                return found
+        def predict(observations: Any, memory: Any, starts: Any) -> tuple[Any, Any]:
+            masks = {"action_masks": np.stack(envs.env_method("action_masks"))} if masked else {}
+            found: tuple[Any, Any] = model.predict(observations, memory, starts, deterministic=True, **masks)
+            return found
 
-            played[scenario] = _play(envs, settings, predict)
-        return judged(settings, played, self.references())
+        return _play(envs, settings, predict, watch)
+
+
+def watched(settings: TrainingSettings, model: Any) -> dict[str, dict[str, Watch]]:
+    """The first evaluation episode of every scenario, as an SB3 model and as each reference plays it.
+
+    Returns:
+        By scenario, then ``policy`` or the reference's name.
+    """
+    one = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"episodes": 1})})
+    evaluator = Evaluator(one)
+    found: dict[str, dict[str, Watch]] = {}
+    for scenario in settings.scenarios:
+        found[scenario] = {POLICY: Watch()}
+        evaluator.play(model, scenario, found[scenario][POLICY])
+        for name in settings.evaluation.references:
+            found[scenario][name] = Watch()
+            _reference(one, scenario, name, found[scenario][name])
+    return found
 
 
 def judged(settings: TrainingSettings, played: dict[str, Played], references: dict[str, dict[str, Played]]) -> Score:

@@ -34,6 +34,7 @@ from biscale_gym.training.errors import TrainingError
 from biscale_gym.training.evaluation import Evaluator, Score
 from biscale_gym.training.export import export_model
 from biscale_gym.training.models import load_model, save_model
+from biscale_gym.training.pictures import track_pictures
 from biscale_gym.training.progress import RunProgress, described
 from biscale_gym.training.settings import TrainingSettings
 from biscale_gym.training.warm_start import clone
@@ -386,9 +387,10 @@ class Run:
         final, best = Score(**state.score), Score(**state.best)
         self._save(FINAL, final)
         result = Result(0, self.steps, *self._rates(), final, best, state.best_at, self._early)
+        models = {name: load_model(self._folder / name) for name in (BEST, FINAL)}
         for name, score in ((BEST, best), (FINAL, final)):
             made = {"step": self.steps if name == FINAL else state.best_at, "score": score.values()}
-            export_model(load_model(self._folder / name), self._settings, self._folder / name, made)
+            export_model(models[name], self._settings, self._folder / name, made)
             self._tracker.artifact(self._folder / name, "model", name, {"step": self.steps, **score.figures()})
         columns = list(next(iter(best.scenarios.values())))
         rows = [
@@ -401,6 +403,8 @@ class Run:
         self._tracker.summary({**summary(result), "best_at": state.best_at, **rates})
         checkpoints.replace_file(self._folder / RESULT, asdict(result))
         self._progress.say(f"best (step {state.best_at:,}): {described(best)}; models: {self._folder}")
+        if self._wandb is not None or self._tensorboard:
+            track_pictures(self._tracker, self._settings, models[BEST], state.best_at)
         return result
 
 

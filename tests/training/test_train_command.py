@@ -140,6 +140,21 @@ def test_a_wandb_run_of_a_training_reads_back(config: Path, tmp_path: Path, monk
     assert run.summary["best/objective"] == read_result(Path("out")).best.objective  # type: ignore[union-attr]
     assert [row["scenarios.nrows"] for row in run.history if "scenarios.nrows" in row] == [2]
     assert {(one.name, one.type) for one in run.artifacts} >= {("best", "model"), ("final", "model")}
+    best_at = read_result(Path("out")).best_at
+    agents = ("policy", "max-clock", "biscale")
+    for name in ("latency/smoke", *(f"timeline/smoke/{agent}" for agent in agents)):
+        (picture,) = [row for row in run.history if row.get(f"{name}._type") == "image-file"]
+        assert picture["global_step"] == best_at
+        drawn = Path("out") / "figures" / f"{name.replace('/', '-')}-{best_at}.png"
+        assert (run.files / picture[f"{name}.path"]).read_bytes() == drawn.read_bytes()
+    (table,) = [row for row in run.history if row.get("latencies._type") == "table-file"]
+    content = json.loads((run.files / table["latencies.path"]).read_text())
+    assert content["columns"] == ["scenario", "agent", "metric", "percentile", "ms"]
+    assert {tuple(row[:3]) for row in content["data"]} == {("smoke", agent, "TTFT") for agent in agents}
+    for agent in agents:
+        curve = [row[4] for row in content["data"] if row[1] == agent]
+        assert len(curve) == 101
+        assert curve == sorted(curve)
 
 
 def test_runs_of_wandbs_agents_have_folders_of_their_own(
