@@ -1,7 +1,8 @@
 """Learned policies as a controller: trained clocks in both phases, on placements planned for them.
 
-The models are multi-layer perceptrons over the environments' observation (:mod:`biscale_gym.envs.mlp`), compiled, asked
-at the same decision points as in training. The placements are those of load curves measured under the clocks that will
+The models are networks over the environments' observation (:mod:`biscale_gym.envs.mlp`), compiled, asked at the same
+decision points as in training; or one network decides the clocks of all instances at once
+(:mod:`biscale_gym.envs.cluster_mlp`). The placements are those of load curves measured under the clocks that will
 run (:mod:`agents.load_placement`), of BiScale's tier 1, or of a trained placement policy
 (:mod:`biscale_gym.envs.placement_mlp`).
 """
@@ -25,6 +26,7 @@ from biscale_gym.cluster.simulator import PhasePolicy, lowest_idle_power_w
 from biscale_gym.config import Settings, nearest, validate
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.envs import encoding, mlp
+from biscale_gym.envs.cluster_mlp import ClusterClocks, load_cluster_model
 from biscale_gym.envs.mlp import ClockMLP, load_model
 from biscale_gym.envs.placement_choice import PlacementChoice, WindowView, placement_choice
 from biscale_gym.envs.placement_mlp import PlacementMLP, load_placement_model
@@ -60,8 +62,11 @@ class LearnedSettings(Settings):
     """Model of the prefill clocks: a shipped one's name, a path, or ``biscale`` for model predictive control."""
     decode: str = "decode"
     """Model of the decode clocks: as for prefill; ``biscale`` is the slack rule."""
-    placement: str = LOAD_CURVES
-    """``load-curves``, ``biscale`` for its tier 1, or the path of a trained placement policy."""
+    cluster: str | None = None
+    """Path of a model of all clocks at once, in place of the two above."""
+    placement: str | None = None
+    """``load-curves``, ``biscale`` for its tier 1, or the path of a trained placement policy; None: ``load-curves``, or
+    ``biscale`` for a model of all clocks at once, under which no single instance can be measured."""
     load: LoadPlacementSettings = LoadPlacementSettings()
     biscale: BiScaleSettings = BiScaleSettings()
     """Of whatever is BiScale's."""
@@ -115,6 +120,22 @@ def find_model(name: str, phase: Phase) -> ClockMLP:
     return model
 
 
+def _check_alone(settings: LearnedSettings) -> None:
+    """Refuse settings that a model of all clocks at once leaves no room for.
+
+    Raises:
+        AgentError: one of them is set.
+    """
+    for name in ("prefill", "decode"):
+        if name in settings.model_fields_set:
+            raise AgentError(f"cluster is a model of all clocks at once, and {name} is set, too; keep one of them")
+    if settings.placement == LOAD_CURVES:
+        raise AgentError(
+            "placement load-curves is planned with single instances measured under their clock policies, cluster "
+            "decides all clocks at once; use placement=biscale, or a placement model's path"
+        )
+
+
 class Learned:
     """Learned clocks, and a placement planned for them.
 
@@ -132,8 +153,14 @@ class Learned:
     def __init__(self, **settings: object) -> None:
         self.settings = validate(LearnedSettings, dict(settings), "controller 'learned'")
         own: dict[Phase, str] = {"prefill": self.settings.prefill, "decode": self.settings.decode}
+        self._placement = self.settings.placement or (LOAD_CURVES if self.settings.cluster is None else BISCALE)
+        self._cluster = None
+        if self.settings.cluster is not None:
+            _check_alone(self.settings)
+            self._cluster = load_cluster_model(_policy_path(self.settings.cluster))
+            own = {}
         self._models = {phase: find_model(name, phase) for phase, name in own.items() if name != BISCALE}
-        self._planner = find_planner(self.settings.placement)
+        self._planner = find_planner(self._placement)
         self._choice: PlacementChoice | None = None
         self._tier1 = Tier1(self.settings.biscale.tier1)
         self._curves: tuple[LoadCurve, ...] | None = None
@@ -145,11 +172,13 @@ class Learned:
         return [*self._notes, *self._tier1.notes]
 
     def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
-        """Tier 2's clock policies.
+        """Tier 2's clock policies; none where one model decides all clocks at once.
 
         Raises:
             ModelError: a model does not fit the run's clocks or SLO.
         """
+        if self._cluster is not None:
+            return None, None
         slo, biscale = context.scenario.slo, self.settings.biscale
         prefill, decode = self._models.get("prefill"), self._models.get("decode")
         return (
@@ -160,6 +189,14 @@ class Learned:
             if decode is not None
             else decode_policy(biscale.decode, context),
         )
+
+    def cluster_policy(self, context: PlanContext) -> ClusterClocks | None:
+        """Tier 2 where one model decides all clocks at once.
+
+        Raises:
+            ModelError: it does not fit the run's clocks or SLO.
+        """
+        return None if self._cluster is None else self._cluster.policy(context.clocks_mhz, context.scenario.slo)
 
     def curves(self, context: PlanContext) -> tuple[LoadCurve, ...]:
         """The load curves under this controller's clocks, which stay the same during a run."""
@@ -195,7 +232,7 @@ class Learned:
         """
         if self._planner is not None:
             return self._chosen(self._planner, context)
-        if self.settings.placement == BISCALE:
+        if self._placement == BISCALE:
             return self._tier1.plan(context)
         load, cluster = self.settings.load, context.scenario.cluster
         rate_rps = forecast_rps(load.forecast, context)

@@ -68,6 +68,7 @@ class GymnasiumVecEnv(VecEnv):
         self.infos: dict[str, Any] = {}
         """With ``keep_infos``; an ended lane's may be of its new episode."""
         self._actions: NDArray[Any] | None = None
+        self._begun = False
         # What a native step tells of every lane; others tell of each lane what they like.
         self._terms = tuple(envs.setting.term_columns) if isinstance(envs, NativeVectorEnv) else ()
         self._quietly: Callable[[Any], Any] | None = None
@@ -85,6 +86,10 @@ class GymnasiumVecEnv(VecEnv):
         seeds = list(self._seeds)
         waiting = list(range(self.num_envs))
         obs: Any = None
+        if not self._begun and isinstance(self.envs, SyncVectorEnv):
+            # It has no observation of lanes that were never reset, and a reset of some asks for all.
+            self.envs.reset(seed=seeds)
+        self._begun = True
         while waiting:
             # Lanes with the same options in one call: mostly all of them.
             options = self._options[waiting[0]]

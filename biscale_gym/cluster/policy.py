@@ -3,8 +3,9 @@
 ``function(obs, memory, params, model) -> clock index``
 
 - ``obs`` float64[features.SIZE]: this decision's features (biscale_gym.cluster.features).
-- ``memory`` float64[MEMORY_SIZE]: private to the instance, zero at the start, part of every snapshot. The entries from
-  16 on are the encoder's of learned policies (biscale_gym.envs.encoding); hand-written policies use the lower ones.
+- ``memory`` float64[MEMORY_SIZE], or more where the policy asks for it (``PhasePolicy.memory``): private to the
+  instance, zero at the start, part of every snapshot. The entries from 16 to 31 are the encoder's of learned policies
+  (biscale_gym.envs.encoding); hand-written policies use the lower ones.
 - ``params`` float64[:]: the controller's settings.
 - ``model`` float64[:]: the compiled profile of the instance's class, as the controller believes it.
 

@@ -26,7 +26,7 @@ from biscale_gym.cluster.placement import (
     layout,
     transition,
 )
-from biscale_gym.cluster.policy import hold
+from biscale_gym.cluster.policy import MEMORY_SIZE, hold
 from biscale_gym.cluster.settings import ClusterSettings, SloSettings
 from biscale_gym.cluster.state import (
     ACTIVE,
@@ -80,6 +80,7 @@ class PhasePolicy:
         on_overrun: ask when an iteration overruns its prediction.
         on_idle: ask when an instance has nothing to run.
         slack: fill the decode observation's SLACK entries, which cost a little whenever a request joins or leaves.
+        memory: how many numbers of memory it needs for every instance.
     """
 
     function: Any = None
@@ -88,6 +89,7 @@ class PhasePolicy:
     on_overrun: bool = False
     on_idle: bool = False
     slack: bool = False
+    memory: int = MEMORY_SIZE
 
 
 @dataclass(frozen=True)
@@ -322,9 +324,11 @@ class Simulator:
             left = 2 * position
             winner = left if new.tree_s[left] <= new.tree_s[left + 1] else left + 1
             new.tree_s[position], new.tree_entity[position] = new.tree_s[winner], new.tree_entity[winner]
-        for name in ("inst", "run_heap", "slack_s", "memory"):
+        for name in ("inst", "run_heap", "slack_s"):
             getattr(new, name)[:held] = getattr(old, name)
         new.route_heap[:, :held] = old.route_heap
+        memory = np.zeros((2 * held, old.memory.shape[1]))
+        memory[:held] = old.memory
         head = int(old.glob[0]["dirty_next"])
         new.dirty[:held] = np.roll(old.dirty, -head)
         glob = old.glob
@@ -338,7 +342,7 @@ class Simulator:
             slack_s=new.slack_s,
             route_heap=new.route_heap,
             dirty=new.dirty,
-            memory=new.memory,
+            memory=memory,
         )
 
     def _set_largest(self) -> None:
@@ -435,10 +439,19 @@ class Simulator:
             engine.note_slacks(self.state)
         glob["observe_slack"] = decode is not None and decode.slack
         self.state.obs[DECODE, features.SLACK_LEAST_S : features.SLACK_P50_S + 1] = 0.0
+        self._widen_memory(max((policy.memory for policy in (prefill, decode) if policy is not None), default=0))
         self.state = self.state._replace(
             params_prefill=np.ascontiguousarray(self._prefill.params, dtype=np.float64),
             params_decode=np.ascontiguousarray(self._decode.params, dtype=np.float64),
         )
+
+    def _widen_memory(self, numbers: int) -> None:
+        """Room for so many numbers of every instance's memory, at least; what is remembered stays."""
+        held = self.state.memory
+        if numbers > held.shape[1]:
+            memory = np.zeros((len(held), numbers))
+            memory[:, : held.shape[1]] = held
+            self.state = self.state._replace(memory=memory)
 
     def run(self, until_s: float = np.inf, answer: int | None = None) -> Decision | None:
         """Run to the next decision of the caller's (returned), or to ``until_s`` or the end (None).

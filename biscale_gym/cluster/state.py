@@ -333,7 +333,7 @@ class State(NamedTuple):
     run_heap: npt.NDArray[np.int64]  # [I, max sequences] heap of (finish iteration << 32 | request)
     route_heap: npt.NDArray[np.int32]  # [2, I] heap of instances by pass, per phase
     dirty: npt.NDArray[np.int32]  # [I] ring of instances to wake, in order
-    memory: npt.NDArray[np.float64]  # [I, MEMORY_SIZE] the policies' own
+    memory: npt.NDArray[np.float64]  # [I, MEMORY_SIZE or more] the policies' own
     obs: npt.NDArray[np.float64]  # [2, features.SIZE] of the last decision of each phase
     slack_s: npt.NDArray[np.float64]  # [I, max sequences] descending, of the running requests, where it is observed
     models: npt.NDArray[np.float64]  # compiled profiles of all classes, one after another

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from biscale_gym.cluster.placement import Placement
-from biscale_gym.cluster.simulator import ClusterError, PhasePolicy
+from biscale_gym.cluster.simulator import ClusterError, PhasePolicy, Simulator
 from biscale_gym.config import nearest, parsed_overrides
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.profiles import Profile
@@ -99,6 +99,48 @@ class Controller(Protocol):
     def policies(self, context: PlanContext) -> tuple[PhasePolicy | None, PhasePolicy | None]:
         """Clock policies of prefill and decode; None holds each instance's planned clock."""
         ...
+
+
+class ClusterPolicy(Protocol):
+    """Decides the clocks of all instances together, at fixed times, in place of clock policies of single instances.
+
+    A controller that has one returns it from ``cluster_policy(context)``, called once, after the first ``plan``.
+
+    Attributes:
+        interval_s: from one decision to the next; the first is at the start of the run.
+    """
+
+    interval_s: float
+
+    def begin(self, simulator: Simulator) -> None:
+        """Take over a cluster that has not run yet."""
+        ...
+
+    def decide(self, simulator: Simulator) -> None:
+        """Ask for clocks, now; after a change of placement for those of the new one."""
+        ...
+
+
+def cluster_policy(controller: Controller, context: PlanContext) -> ClusterPolicy | None:
+    """What decides all clocks together, where the controller has such a policy."""
+    has: Callable[[PlanContext], ClusterPolicy | None] | None = getattr(controller, "cluster_policy", None)
+    return None if has is None else has(context)
+
+
+def instance_policies(
+    controller: Controller, context: PlanContext, where: str
+) -> tuple[PhasePolicy | None, PhasePolicy | None]:
+    """Clock policies of prefill and decode, for a place that knows no others.
+
+    Raises:
+        ControllerError: the controller decides all clocks together.
+    """
+    if cluster_policy(controller, context) is not None:
+        raise ControllerError(
+            f"controller {controller.name!r} decides the clocks of all instances together, which {where} cannot ask "
+            "for; `biscale-gym compare` can"
+        )
+    return controller.policies(context)
 
 
 def parsed_variant(text: str) -> tuple[str, dict[str, Any]]:

@@ -17,7 +17,14 @@ from biscale_gym.cluster.placement import PHASES, Lane, Phase, Placement
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.cluster.state import PREFILL
 from biscale_gym.config import Settings, config_hash, load_preset
-from biscale_gym.control.controllers import Controller, ControllerError, PlanContext, make_controller
+from biscale_gym.control.controllers import (
+    ClusterPolicy,
+    Controller,
+    ControllerError,
+    PlanContext,
+    cluster_policy,
+    make_controller,
+)
 from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 from biscale_gym.control.workload import Requests, requests_for
 from biscale_gym.metrics import Counted, measure
@@ -165,7 +172,7 @@ class Rollout:
         switching: how clocks truly switch; the scenario's if None.
         only: serve this phase alone (see ``Simulator``).
         control_interval_s: ask the clock policies about every instance at multiples of this, at no other time; None: at
-            the engine's decision points.
+            the engine's decision points. A controller that decides all clocks together has an interval of its own.
 
     Attributes:
         simulator: the cluster that serves now; with steady-state windows every window has its own.
@@ -206,6 +213,14 @@ class Rollout:
         self.timeline = Timeline()
         self.windows: list[Counted] = []
         self._served: list[Simulator] = []
+        self._joint = cluster_policy(controller, self._context())
+        if self._joint is not None:
+            if control_interval_s is not None or only is not None:
+                raise ControllerError(
+                    f"controller {controller.name!r} decides the clocks of both phases together, every "
+                    f"{self._joint.interval_s:g} s: expected neither a control interval nor a single phase"
+                )
+            self._interval_s = self._joint.interval_s
         self.simulator = self._cluster(0)
 
     @property
@@ -241,7 +256,10 @@ class Rollout:
             switching=self.switching,
         )
         self._served.append(simulator)
-        simulator.set_policies(*self._policies(), only_when_told=self._interval_s is not None)
+        if self._joint is not None:
+            self._joint.begin(simulator)
+        else:
+            simulator.set_policies(*self._policies(), only_when_told=self._interval_s is not None)
         return simulator
 
     @property
@@ -310,11 +328,11 @@ class Rollout:
             if window and self.controller.replans:
                 self._replan(start_s)
             if window and self._fresh_windows:
-                self.simulator.run(start_s + self.scenario.drain_limit_s)
+                self._drain(start_s + self.scenario.drain_limit_s)
                 self.simulator = self._cluster(window)
             drained = count_drain and stop_s == self.end_s
             self.windows.append(self._serve_window(start_s, stop_s, drained))
-        self.simulator.run(self.end_s + self.scenario.drain_limit_s)
+        self._drain(self.end_s + self.scenario.drain_limit_s)
         gaps = tuple((one.end_s, other.start_s) for one, other in pairwise(self.windows) if one.end_s < other.start_s)
         energy = InstanceLedger.joined([window.energy for window in self.windows])
         return Counted(self.windows[0].start_s, self.windows[-1].end_s, energy, gaps)
@@ -331,15 +349,32 @@ class Rollout:
         for at_s in sorted(samples | asked | {start_s, from_s, stop_s}):
             self.simulator.run(at_s)
             if at_s in asked:
-                self.simulator.ask_everyone()
+                self._ask(self._joint)
             if at_s == from_s:
                 start = self.simulator.instances()
             if at_s in samples:
                 self.timeline.add(self.simulator, lanes_before)
         assert start is not None
         if drained:
-            self.simulator.run()
+            self._drain()
         return Counted(from_s, self.simulator.now_s, self.simulator.instances().since(start))
+
+    def _ask(self, joint: ClusterPolicy | None) -> None:
+        """The decisions of a control interval."""
+        if joint is None:
+            self.simulator.ask_everyone()
+        else:
+            joint.decide(self.simulator)
+
+    def _drain(self, limit_s: float = np.inf) -> None:
+        """Serve what has arrived, until ``limit_s`` at most; who decides all clocks together goes on deciding."""
+        if self._joint is not None:
+            number = math.ceil(self.simulator.now_s / self._joint.interval_s)
+            while self.simulator.counts()["in_flight"] > 0 and number * self._joint.interval_s < limit_s:
+                self.simulator.run(number * self._joint.interval_s)
+                self._joint.decide(self.simulator)
+                number += 1
+        self.simulator.run(limit_s)
 
     def _intervals_s(self, start_s: float, stop_s: float) -> list[float]:
         """Multiples of the control interval in [start_s, stop_s)."""

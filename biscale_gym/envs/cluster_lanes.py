@@ -364,6 +364,15 @@ def turn_cluster(handle: Any, lane: Any, params: Any, obs: Any) -> None:
     encode_cluster(st, lane[0], params, _counts(st)[0], obs)
 
 
+@compiled_as(types.boolean(HANDLE_TYPE, _LANES, _PARAMS, types.int64[::1]))
+def choose_clocks(handle: Any, lane: Any, params: Any, actions: Any) -> bool:
+    """Ask for the actions' clocks and let no time pass; False, and nothing asked, where one is no clock.
+
+    Args: as of ``step_cluster``.
+    """
+    return bool(_set_clocks(state_at(handle), lane[0], params, actions))
+
+
 @compiled_as(types.int64(*_ROWS))
 def step_clusters(handles: Any, lanes: Any, params: Any, actions: Any, obs: Any, terms: Any, reached: Any) -> int:
     """``step_cluster`` for every row; ``reached`` int64[N] takes the answers.

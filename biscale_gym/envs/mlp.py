@@ -1,4 +1,6 @@
-"""A learned clock policy as a compiled one: a multi-layer perceptron over an environment's observation.
+"""A learned clock policy as a compiled one: a network over an environment's observation.
+
+It is a multi-layer perceptron, and may begin with an LSTM, whose state is then part of each instance's memory.
 
 The same encoder writes the observation in training and in service, and the same weights answer, so a policy that was
 trained in an environment acts in a comparison as it did there.
@@ -17,11 +19,21 @@ from numpy.typing import NDArray
 
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.placement import Phase
-from biscale_gym.cluster.policy import POLICY_SIGNATURE
+from biscale_gym.cluster.policy import MEMORY_SIZE, POLICY_SIGNATURE
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.envs import layout
 from biscale_gym.envs.encoding import encode_decode, encode_prefill, encoder_params, grid_of
-from biscale_gym.envs.network import Activation, Matrix, ModelError, Network, read_network, write_network
+from biscale_gym.envs.network import (
+    Activation,
+    Lstm,
+    Matrix,
+    ModelError,
+    Network,
+    check_slo,
+    grid_in,
+    read_model,
+    write_model,
+)
 from biscale_gym.envs.shield import NO_SHIELD, ShieldSettings, guarded, raised_decode, raised_prefill, shield_params
 from biscale_gym.envs.shield import SIZE as SHIELD
 
@@ -30,15 +42,23 @@ Head = Literal["argmax", "squashed", "clipped"]
 
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh")
 HEADS: tuple[Head, ...] = ("argmax", "squashed", "clipped")
-FORMAT = 1
-"""Of the two files."""
+FORMAT, RECURRENT_FORMAT = 1, "lstm 1"
+"""Of the two files, without and with an LSTM."""
 
 # Params after the encoder's and the shield's.
 ACTIVATION = SHIELD
 EVERY = SHIELD + 1
 HEAD = SHIELD + 2
-LAYERS = SHIELD + 3
-"""How many layers; then inputs of the first, outputs of each, and each layer's weights [inputs, outputs] and biases."""
+OBSERVED = SHIELD + 3
+"""How many numbers the observation has."""
+UNITS = SHIELD + 4
+"""Of the LSTM; 0: there is none."""
+LAYERS = SHIELD + 5
+"""How many layers; then inputs of the first, outputs of each, the LSTM's weights [inputs, 4 units] and [units, 4 units]
+and its bias, and each layer's weights [inputs, outputs] and biases."""
+
+# Memory after everybody else's: the LSTM's cells, then its last outputs.
+STATE = MEMORY_SIZE
 
 # Memory, below the encoder's.
 KEPT_FOR = 0
@@ -57,6 +77,7 @@ class ClockMLP:
         weights: float32[inputs, outputs] of each layer.
         biases: float32[outputs] of each layer.
         activation: between layers.
+        lstm: what is before the layers; None: nothing, they take the observation itself.
         head: ``argmax``: an output per clock, the greatest counts. ``clipped``: one output, cut to [-1, 1], says a
             clock between the lowest (-1) and the highest (1), and the nearest of the grid counts, as with the wrapper
             ``ContinuousClocks``. ``squashed``: the same, of the output's tanh.
@@ -77,11 +98,16 @@ class ClockMLP:
     decide_every: int = 1
     shield: ShieldSettings = NO_SHIELD
     about: dict[str, Any] = field(default_factory=dict)
+    lstm: Lstm | None = None
 
     def __post_init__(self) -> None:
         outputs = len(self.clocks_mhz) if self.head == "argmax" else 1
         what = f"a {self.phase} policy over {len(self.clocks_mhz)} clocks"
-        self.network.check(layout.size(self.phase, len(self.clocks_mhz)), outputs, what)
+        inputs = layout.size(self.phase, len(self.clocks_mhz))
+        if self.lstm is not None:
+            self.lstm.check(inputs)
+            inputs = self.lstm.units
+        self.network.check(inputs, outputs, what)
 
     @property
     def network(self) -> Network:
@@ -91,10 +117,17 @@ class ClockMLP:
     @property
     def parameters(self) -> int:
         """Weights and biases."""
-        return sum(array.size for array in (*self.weights, *self.biases))
+        recurrent = () if self.lstm is None else (self.lstm.inputs, self.lstm.hidden, self.lstm.bias)
+        return sum(array.size for array in (*self.weights, *self.biases, *recurrent))
 
     def actions(self, observations: Matrix) -> NDArray[np.int64]:
-        """The network's clocks: float[N, size] to int64[N], indices into ``clocks_mhz``; no shield."""
+        """The network's clocks: float[N, size] to int64[N], indices into ``clocks_mhz``; no shield.
+
+        Raises:
+            ModelError: it has a state, so that one observation does not say what it does.
+        """
+        if self.lstm is not None:
+            raise ModelError("a policy with a state answers sequences, not single observations")
         found = self.network.outputs(observations)
         if self.head == "argmax":
             return np.asarray(np.argmax(found, axis=1), np.int64)
@@ -113,39 +146,35 @@ class ClockMLP:
         Raises:
             ModelError: the run lacks a clock of the grid, or its SLO is outside what the model was trained for.
         """
-        missing = [clock for clock in self.clocks_mhz if clock not in clocks_mhz]
-        if missing:
-            raise ModelError(
-                f"the {self.phase} model chooses from {list(self.clocks_mhz)} MHz, the run has no "
-                f"{', '.join(map(str, missing))} MHz (it has {list(clocks_mhz)}); train one on this grid"
-            )
-        low, high = self.slo_s
-        if not low * (1.0 - 1e-9) <= slo_s <= high * (1.0 + 1e-9):
-            raise ModelError(
-                f"the {self.phase} model was trained for SLOs from {low:g} to {high:g} s, the run has {slo_s:g} s"
-            )
+        grid = grid_in(clocks_mhz, self.clocks_mhz, self.phase)
+        check_slo(self.phase, "SLOs", self.slo_s, slo_s)
         points = self.decision_points
         return PhasePolicy(
             function=prefill_clock if self.phase == "prefill" else decode_clock,
-            params=self._params(clocks_mhz),
+            params=self._params(clocks_mhz, grid),
             on_arrival="arrival" in points,
             on_overrun="overrun" in points,
             on_idle="idle" in points,
             slack=self.phase == "decode",
+            memory=MEMORY_SIZE if self.lstm is None else STATE + 2 * self.lstm.units,
         )
 
-    def _params(self, clocks_mhz: Sequence[int]) -> Vector:
-        encoder = encoder_params(clocks_mhz, [list(clocks_mhz).index(clock) for clock in self.clocks_mhz])
+    def _params(self, clocks_mhz: Sequence[int], grid: Sequence[int]) -> Vector:
+        encoder = encoder_params(clocks_mhz, grid)
         head = [
             *shield_params(self.shield),
             ACTIVATIONS.index(self.activation),
             self.decide_every,
             HEADS.index(self.head),
+            layout.size(self.phase, len(self.clocks_mhz)),
+            0 if self.lstm is None else self.lstm.units,
             len(self.weights),
             self.weights[0].shape[0],
             *(len(bias) for bias in self.biases),
         ]
         layers = [part.ravel() for pair in zip(self.weights, self.biases, strict=True) for part in pair]
+        if self.lstm is not None:
+            layers = [self.lstm.inputs.ravel(), self.lstm.hidden.ravel(), self.lstm.bias, *layers]
         return np.concatenate([encoder, np.array(head, np.float64), *layers]).astype(np.float64)
 
     def save(self, path: Path) -> None:
@@ -161,7 +190,7 @@ class ClockMLP:
             "shield": self.shield.model_dump(),
             "about": self.about,
         }
-        write_network(path, self.network, FORMAT, description)
+        write_model(path, FORMAT if self.lstm is None else RECURRENT_FORMAT, self.network, description, self.lstm)
 
 
 def load_model(path: Path) -> ClockMLP:
@@ -173,7 +202,8 @@ def load_model(path: Path) -> ClockMLP:
     Raises:
         ModelError: a file is missing or altered, or is of another format or observation than this version's.
     """
-    stem, network, described = read_network(path, FORMAT, layout.VERSION)
+    stored = read_model(path, [FORMAT, RECURRENT_FORMAT], layout.VERSION)
+    network, described = stored.network, stored.described
     try:
         return ClockMLP(
             phase=described["phase"],
@@ -187,9 +217,10 @@ def load_model(path: Path) -> ClockMLP:
             decide_every=int(described["decide_every"]),
             shield=ShieldSettings(**described["shield"]),
             about=described["about"],
+            lstm=stored.lstm,
         )
     except (KeyError, TypeError) as error:
-        raise ModelError(f"{stem}: not a whole model ({error})") from error
+        raise ModelError(f"{stored.stem}: not a whole model ({error})") from error
 
 
 @njit(cache=True, error_model="numpy")
@@ -208,14 +239,59 @@ def _nearest(params: Vector, number: float) -> int:
 
 
 @njit(cache=True, error_model="numpy")
-def _position(params: Vector, head: int, values: Vector, row: NDArray[np.float32]) -> int:
-    """Position in the grid of the network's clock: of the greatest output, the first of equals, or the nearest."""
+def _sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), which exp of a large number cannot spoil."""
+    return float(0.5 + 0.5 * np.tanh(0.5 * x))
+
+
+@njit(cache=True, error_model="numpy")
+def _remember(params: Vector, at: int, units: int, memory: Vector, row: NDArray[np.float32]) -> None:
+    """One step of the LSTM whose weights begin at ``at``; its state is in the memory."""
+    gates = np.empty(4 * units)
+    hidden = at + row.size * 4 * units
+    bias = hidden + units * 4 * units
+    for k in range(4 * units):
+        gates[k] = params[bias + k]
+    for n in range(row.size):
+        x = row[n]
+        if x != 0.0:
+            for k in range(4 * units):
+                gates[k] += x * params[at + n * 4 * units + k]
+    for n in range(units):
+        x = memory[STATE + units + n]
+        if x != 0.0:
+            for k in range(4 * units):
+                gates[k] += x * params[hidden + n * 4 * units + k]
+    for n in range(units):
+        cell = _sigmoid(gates[units + n]) * memory[STATE + n] + _sigmoid(gates[n]) * np.tanh(gates[2 * units + n])
+        memory[STATE + n] = cell
+        memory[STATE + units + n] = _sigmoid(gates[3 * units + n]) * np.tanh(cell)
+
+
+@njit(cache=True, error_model="numpy")
+def position_of(params: Vector, head: int, memory: Vector, values: Vector, row: NDArray[np.float32]) -> int:
+    """Position in the grid of the network's clock: of the greatest output, the first of equals, or the nearest.
+
+    Args:
+        params: of the policy.
+        head: where those after the encoder's begin.
+        memory: of the instance; the LSTM's state is read and written.
+        values: float64[2 x widest layer], to be overwritten.
+        row: float32[size], the observation.
+    """
     layers = int(params[head + LAYERS])
     sizes = head + LAYERS + 1
     at = sizes + layers + 1
     inputs = int(params[sizes])
-    for n in range(inputs):
-        values[n] = row[n]
+    units = int(params[head + UNITS])
+    if units > 0:
+        _remember(params, at, units, memory, row)
+        for n in range(inputs):
+            values[n] = memory[STATE + units + n]
+        at += (row.size + units + 1) * 4 * units
+    else:
+        for n in range(inputs):
+            values[n] = row[n]
     width = values.size // 2
     source, target = 0, width
     for layer in range(layers):
@@ -276,10 +352,10 @@ def prefill_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) ->
     head = grid + n
     clock = int(obs[f.TARGET])
     if not _kept(obs, memory, int(params[head + EVERY])):
-        row = np.empty(int(params[head + LAYERS + 1]), np.float32)
+        row = np.empty(int(params[head + OBSERVED]), np.float32)
         encode_prefill(obs, memory, params, model, row)
         values = np.empty(2 * _widest(params, head))
-        clock = int(params[grid + _position(params, head, values, row)])
+        clock = int(params[grid + position_of(params, head, memory, values, row)])
     return int(raised_prefill(obs, params, model, clock))
 
 
@@ -295,8 +371,8 @@ def decode_clock(obs: Vector, memory: Vector, params: Vector, model: Vector) -> 
         return int(params[grid + n - 1])
     clock = int(obs[f.TARGET])
     if not kept:
-        row = np.empty(int(params[head + LAYERS + 1]), np.float32)
+        row = np.empty(int(params[head + OBSERVED]), np.float32)
         encode_decode(obs, memory, params, model, row)
         values = np.empty(2 * _widest(params, head))
-        clock = int(params[grid + _position(params, head, values, row)])
+        clock = int(params[grid + position_of(params, head, memory, values, row)])
     return int(raised_decode(obs, params, model, clock))

@@ -12,7 +12,7 @@ from biscale_gym.cluster.placement import Placement
 from biscale_gym.cluster.settings import SloSettings
 from biscale_gym.config import validate
 from biscale_gym.envs import placement_layout
-from biscale_gym.envs.network import ModelError, Network, read_network, write_network
+from biscale_gym.envs.network import ModelError, Network, check_slo, read_model, write_model
 from biscale_gym.envs.placement_choice import PlacementChoice, WindowView
 from biscale_gym.envs.settings import ClassTableSettings
 
@@ -58,11 +58,8 @@ class PlacementMLP:
         Raises:
             ModelError: so it is.
         """
-        for name, (low, high), own in zip(("TTFT", "TPOT"), self.slo_s, (slo.ttft_s, slo.tpot_s), strict=True):
-            if not low * (1.0 - 1e-9) <= own <= high * (1.0 + 1e-9):
-                raise ModelError(
-                    f"the placement model was trained for {name} SLOs from {low:g} to {high:g} s, the run has {own:g} s"
-                )
+        for name, limits, own in zip(("TTFT", "TPOT"), self.slo_s, (slo.ttft_s, slo.tpot_s), strict=True):
+            check_slo("placement", f"{name} SLOs", limits, own)
 
     def plan(self, choice: PlacementChoice, view: WindowView) -> Placement:
         """The most likely placement: the allowed action of the greatest output, until that is the commit.
@@ -96,7 +93,7 @@ class PlacementMLP:
             "table": self.table.model_dump(mode="json"),
             "about": self.about,
         }
-        write_network(path, self.network, FORMAT, description)
+        write_model(path, FORMAT, self.network, description)
 
 
 def load_placement_model(path: Path) -> PlacementMLP:
@@ -108,12 +105,15 @@ def load_placement_model(path: Path) -> PlacementMLP:
     Raises:
         ModelError: a file is missing or altered, or is of another format or observation than this version's.
     """
-    stem, network, described = read_network(path, FORMAT, placement_layout.VERSION)
+    stored = read_model(path, [FORMAT], placement_layout.VERSION)
+    stem, described = stored.stem, stored.described
     try:
         kinds = tuple((str(phase), int(tp), int(pp), int(mhz)) for phase, tp, pp, mhz in described["kinds"])
         ttft_s, tpot_s = (tuple(map(float, limits)) for limits in described["slo_s"])
         table = validate(ClassTableSettings, described["table"], f"{stem}.json, table")
-        return PlacementMLP(kinds, ((ttft_s[0], ttft_s[1]), (tpot_s[0], tpot_s[1])), table, network, described["about"])
+        return PlacementMLP(
+            kinds, ((ttft_s[0], ttft_s[1]), (tpot_s[0], tpot_s[1])), table, stored.network, described["about"]
+        )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, ModelError):
             raise

@@ -12,7 +12,7 @@ from biscale_gym.cluster.handle import Handle, handle_of
 from biscale_gym.cluster.policy import hold
 from biscale_gym.cluster.simulator import PhasePolicy, Simulator
 from biscale_gym.cluster.state import State
-from biscale_gym.control.controllers import Controller, PlanContext, make_controller
+from biscale_gym.control.controllers import Controller, PlanContext, instance_policies, make_controller
 from biscale_gym.envs.consult import NOBODY, consult_pending, consult_slots
 from biscale_gym.envs.errors import EnvironmentUsageError
 from biscale_gym.envs.placement import PlacementEnv
@@ -67,7 +67,7 @@ class ControllerPolicy:
         settings: the controller's keyword settings, where it is named.
 
     Raises:
-        ControllerError: no such controller, or it does not take these settings.
+        ControllerError: no such controller, it does not take these settings, or it decides all clocks together.
         EnvironmentUsageError: no environment of BiScale Gym's.
     """
 
@@ -83,7 +83,7 @@ class ControllerPolicy:
             mean_rate_rps=setting.settings.rate_rps or setting.scenario.rate_rps,
             clocks_mhz=setting.clocks_mhz,
         )
-        prefill, decode = made.policies(context)
+        prefill, decode = instance_policies(made, context, "an environment")
         self._prefill = prefill or PhasePolicy(function=hold)
         self._decode = decode or PhasePolicy(function=hold)
         self._clocks_mhz = setting.clocks_mhz
@@ -112,6 +112,13 @@ class ControllerPolicy:
     def _handle(self, lane: int, simulator: Simulator) -> Handle:
         """The lane's simulator with this controller's policies and params in place of the environment's."""
         if lane not in self._handles or self._handles[lane][0] is not simulator.state:
+            wide = simulator.state.memory.shape[1]
+            wanted = max(self._prefill.memory, self._decode.memory)
+            if wanted > wide:
+                raise EnvironmentUsageError(
+                    f"controller {self.name!r} remembers {wanted} numbers of an instance, environments keep {wide}: "
+                    "a policy with a state plays them through its own predict()"
+                )
             state = simulator.state._replace(params_prefill=self._params[0], params_decode=self._params[1])
             handle = handle_of(state, self._prefill.function, self._decode.function)
             self._handles[lane] = (simulator.state, handle)

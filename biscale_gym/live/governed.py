@@ -26,7 +26,7 @@ from pydantic import Field
 from biscale_gym.cluster.placement import PHASES, Phase
 from biscale_gym.cluster.simulator import PhasePolicy
 from biscale_gym.config import ConfigError, Settings, read_yaml, validate
-from biscale_gym.control.controllers import PlanContext
+from biscale_gym.control.controllers import PlanContext, instance_policies
 from biscale_gym.control.scenario import load_scenario
 from biscale_gym.live import messages as m
 from biscale_gym.live.demand import prepared
@@ -164,7 +164,7 @@ class _Run:
         self.slo_s = scenario.slo.tpot_s if setting.phase == "decode" else scenario.slo.ttft_s - overhead_s
         policy: PhasePolicy | None = None
         if controller is not None:
-            policies = m.Variant.parsed(controller).make().policies(context)
+            policies = instance_policies(m.Variant.parsed(controller).make(), context, "a live worker")
             policy = policies[PHASES.index(setting.phase)]
         self.wants_slack = setting.phase == "decode" and policy is not None and policy.slack
         instance = InstanceSetting(

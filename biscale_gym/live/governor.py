@@ -178,7 +178,7 @@ class Governor:
         self._obs = np.zeros(f.SIZE)
         self._obs[f.CLOCK_COUNT], self._obs[f.SLO_S], self._obs[f.TP] = len(self.clocks_mhz), setting.slo_s, setting.tp
         self._obs[f.KV_CAPACITY_TOKENS] = setting.kv_capacity_tokens
-        self._memory = np.zeros(MEMORY_SIZE)
+        self._memory = np.zeros(MEMORY_SIZE if self.policy is None else self.policy.memory)
         self._params = np.ascontiguousarray(self.policy.params if self.policy else np.zeros(1), dtype=np.float64)
         self._load = Load()
         self._idle = False

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 
 from biscale_gym.cluster.placement import PHASES
 from biscale_gym.cluster.simulator import PhasePolicy
-from biscale_gym.control.controllers import PlanContext
+from biscale_gym.control.controllers import PlanContext, instance_policies
 from biscale_gym.live import messages as m
 from biscale_gym.live.device_choice import open_device
 from biscale_gym.live.devices import NOTHING, Device
@@ -68,7 +68,7 @@ class WorkerRun:
         self.slo_s = slo.tpot_s if setup.phase == "decode" else slo.ttft_s - 1e-3 * cluster.serving_overhead_ms
         policy: PhasePolicy | None = None
         if run.controller is not None:
-            policy = run.controller.make().policies(context)[PHASES.index(setup.phase)]
+            policy = instance_policies(run.controller.make(), context, "a live worker")[PHASES.index(setup.phase)]
         # Only now: until its first batch a device may hear nothing for as long as it takes to compile a policy.
         self.device, self.notice = self.open_device(context)
         self.records = RecordStream(run.records)

@@ -26,7 +26,7 @@ NOT_CHOSEN = {
     "self": "",
     "policy": "it follows from the algorithm",
     "env": "it is env_id",
-    "policy_kwargs": "use net_arch and activation",
+    "policy_kwargs": "use net_arch, activation, lstm_size and quantiles",
     "seed": "it is the run's seed",
     "device": "runs train on the CPU",
     "verbose": "runs report themselves",
@@ -57,6 +57,7 @@ class Algorithm:
         on_policy: whether it learns from its own last rollout alone.
         masked: whether it asks for masks of allowed actions, and must have them.
         recurrent: whether its policy has a state.
+        quantiles: whether it estimates quantiles of the return.
     """
 
     make: type[BaseAlgorithm]
@@ -65,15 +66,16 @@ class Algorithm:
     on_policy: bool = True
     masked: bool = False
     recurrent: bool = False
+    quantiles: bool = False
 
 
 ALGORITHMS = {
     "ppo": Algorithm(PPO),
     "recurrent-ppo": Algorithm(RecurrentPPO, policy="MlpLstmPolicy", recurrent=True),
     "maskable-ppo": Algorithm(MaskablePPO, spaces=(spaces.Discrete,), masked=True),
-    "qr-dqn": Algorithm(QRDQN, spaces=(spaces.Discrete,), on_policy=False),
+    "qr-dqn": Algorithm(QRDQN, spaces=(spaces.Discrete,), on_policy=False, quantiles=True),
     "sac": Algorithm(SAC, spaces=(spaces.Box,), on_policy=False),
-    "tqc": Algorithm(TQC, spaces=(spaces.Box,), on_policy=False),
+    "tqc": Algorithm(TQC, spaces=(spaces.Box,), on_policy=False, quantiles=True),
 }
 
 
@@ -182,7 +184,14 @@ def make_model(settings: TrainingSettings, envs: LanesVecEnv) -> BaseAlgorithm:
             )
         buffer = "rollout_buffer_class" if algorithm.on_policy else "replay_buffer_class"
         arguments[buffer] = TimedRolloutBuffer if algorithm.on_policy else TimedReplayBuffer
-    policy = {"net_arch": list(settings.net_arch), "activation_fn": ACTIVATIONS[settings.activation]}
+    policy: dict[str, Any] = {
+        "net_arch": list(settings.net_arch),
+        "activation_fn": ACTIVATIONS[settings.activation],
+    }
+    if algorithm.recurrent:
+        policy["lstm_hidden_size"] = settings.lstm_size
+    if algorithm.quantiles:
+        policy["n_quantiles"] = settings.quantiles
     try:
         model: BaseAlgorithm = algorithm.make(
             algorithm.policy, envs, policy_kwargs=policy, seed=settings.seed, device="cpu", verbose=0, **arguments

@@ -16,11 +16,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from biscale_gym.config import config_hash
 from biscale_gym.control.scenario import load_scenario
+from biscale_gym.envs.cluster import ClusterSetting
+from biscale_gym.envs.cluster_mlp import ClusterMLP
 from biscale_gym.envs.mlp import ClockMLP, Head
-from biscale_gym.envs.network import Activation, Network
+from biscale_gym.envs.network import Activation, Lstm, Network
 from biscale_gym.envs.placement import PlacementEnv
 from biscale_gym.envs.placement_mlp import PlacementMLP, kinds_of
-from biscale_gym.envs.settings import ClassTableSettings
+from biscale_gym.envs.settings import ClassTableSettings, ClusterEnvSettings
 from biscale_gym.fingerprint import fingerprint
 from biscale_gym.training.settings import TrainingSettings
 
@@ -46,27 +48,39 @@ def _averaged(layers: Layers, quantiles: int) -> Layers:
     return [*layers[:-1], mean]
 
 
-def network(model: BaseAlgorithm, algorithm: str) -> Layers | None:
-    """The layers from an observation to what the policy decides by; None for a policy with a state."""
+def network(model: BaseAlgorithm, algorithm: str) -> Layers:
+    """The layers from an observation, or from the LSTM's output, to what the policy decides by."""
     policy: Any = model.policy
-    if algorithm in ("ppo", "maskable-ppo"):
+    if algorithm in ("ppo", "maskable-ppo", "recurrent-ppo"):
         return _linear(policy.mlp_extractor.policy_net, policy.action_net)
     if algorithm == "qr-dqn":
         return _averaged(_linear(policy.quantile_net.quantile_net), policy.quantile_net.n_quantiles)
-    if algorithm in ("sac", "tqc"):
-        return _linear(policy.actor.latent_pi, policy.actor.mu)
-    return None
+    assert algorithm in ("sac", "tqc"), algorithm
+    return _linear(policy.actor.latent_pi, policy.actor.mu)
+
+
+def lstm(model: BaseAlgorithm, algorithm: str) -> Lstm | None:
+    """The layer with a state before those of ``network``; None for a policy without."""
+    if algorithm != "recurrent-ppo":
+        return None
+    policy: Any = model.policy
+    told = {name: value.detach().cpu().numpy() for name, value in policy.lstm_actor.named_parameters()}
+    return Lstm(
+        np.ascontiguousarray(told["weight_ih_l0"].T),
+        np.ascontiguousarray(told["weight_hh_l0"].T),
+        told["bias_ih_l0"] + told["bias_hh_l0"],
+    )
 
 
 def clock_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[str, Any]) -> ClockMLP | None:
     """A trained model as a compiled clock policy; None where it has no such form.
 
-    That is: a policy with a state, of more than one instance, or with other observations or actions than clocks.
+    That is: a policy of more than one instance, or with other observations or actions than clocks.
     """
     phase, layers = PHASES.get(settings.env_id), network(model, settings.algorithm)
     wrappers = [wrapper.name for wrapper in settings.wrappers]
     continuous = "ContinuousClocks" in wrappers
-    if phase is None or layers is None or any(name not in (*REWARD_WRAPPERS, "ContinuousClocks") for name in wrappers):
+    if phase is None or any(name not in (*REWARD_WRAPPERS, "ContinuousClocks") for name in wrappers):
         return None
     head: Head = "argmax"
     if continuous:
@@ -86,25 +100,50 @@ def clock_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[st
         decide_every=int(settings.env.get("decide_every", 1)),
         shield=settings.shield,
         about=about,
+        lstm=lstm(model, settings.algorithm),
+    )
+
+
+def _slos_s(settings: TrainingSettings) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Least and greatest TTFT SLO, and TPOT SLO, of a run's scenarios."""
+    slos = [load_scenario(name, settings.env.get("overrides")).slo for name in settings.scenarios]
+    return (
+        (min(slo.ttft_s for slo in slos), max(slo.ttft_s for slo in slos)),
+        (min(slo.tpot_s for slo in slos), max(slo.tpot_s for slo in slos)),
+    )
+
+
+def cluster_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[str, Any]) -> ClusterMLP | None:
+    """A trained model as a policy of all clocks at once; None where it has no such form: a grid of clocks, no state."""
+    if settings.env_id != ClusterSetting.env_id or not isinstance(model.action_space, spaces.MultiDiscrete):
+        return None
+    if any(wrapper.name not in REWARD_WRAPPERS for wrapper in settings.wrappers):
+        return None
+    if lstm(model, settings.algorithm) is not None:
+        return None
+    layers = network(model, settings.algorithm)
+    activation: Activation = settings.activation
+    return ClusterMLP(
+        clocks_mhz=tuple(load_scenario(settings.scenarios[0], settings.env.get("overrides")).clocks_mhz),
+        slo_s=_slos_s(settings),
+        interval_s=float(settings.env.get("interval_s", ClusterEnvSettings().interval_s)),
+        network=Network(tuple(weights for weights, _ in layers), tuple(biases for _, biases in layers), activation),
+        about=about,
     )
 
 
 def placement_model(model: BaseAlgorithm, settings: TrainingSettings, about: dict[str, Any]) -> PlacementMLP | None:
     """A trained model as a planner; None where it has no such form: only networks that are trained under masks do."""
     layers = network(model, settings.algorithm)
-    if settings.env_id != PlacementEnv.env_id or settings.algorithm != "maskable-ppo" or layers is None:
+    if settings.env_id != PlacementEnv.env_id or settings.algorithm != "maskable-ppo":
         return None
     if any(wrapper.name not in REWARD_WRAPPERS for wrapper in settings.wrappers):
         return None
-    slos = [load_scenario(name, settings.env.get("overrides")).slo for name in settings.scenarios]
     env = PlacementEnv(settings.scenarios[0], **settings.env)
     activation: Activation = settings.activation
     return PlacementMLP(
         kinds=kinds_of(env.choice),
-        slo_s=(
-            (min(slo.ttft_s for slo in slos), max(slo.ttft_s for slo in slos)),
-            (min(slo.tpot_s for slo in slos), max(slo.tpot_s for slo in slos)),
-        ),
+        slo_s=_slos_s(settings),
         table=ClassTableSettings(**env.settings.model_dump(include=set(ClassTableSettings.model_fields))),
         network=Network(tuple(weights for weights, _ in layers), tuple(biases for _, biases in layers), activation),
         about=about,
@@ -168,17 +207,18 @@ def export_model(model: BaseAlgorithm, settings: TrainingSettings, folder: Path,
 
     Returns:
         The names written: ``policy.safetensors`` and ``policy.json`` (clocks or placements for ``compare``),
-        ``policy.onnx``.
+        ``policy.onnx`` (of a policy without a state).
     """
-    layers = network(model, settings.algorithm)
-    if layers is None:
-        return []
-    names = [ONNX]
-    head: Head = "squashed" if settings.algorithm in ("sac", "tqc") else "clipped"
-    write_onnx(folder / ONNX, layers, settings.activation, model.action_space, head)
+    names = []
+    if lstm(model, settings.algorithm) is None:
+        names.append(ONNX)
+        head: Head = "squashed" if settings.algorithm in ("sac", "tqc") else "clipped"
+        layers = network(model, settings.algorithm)
+        write_onnx(folder / ONNX, layers, settings.activation, model.action_space, head)
     told = settings.model_dump(mode="json")
     about = {**made, "settings": told, "settings_hash": config_hash(told), "fingerprint": fingerprint()}
-    compiled = clock_model(model, settings, about) or placement_model(model, settings, about)
+    forms = (clock_model, cluster_model, placement_model)
+    compiled = next((made for made in (form(model, settings, about) for form in forms) if made is not None), None)
     if compiled is not None:
         compiled.save(folder / POLICY)
         names += [f"{POLICY}.safetensors", f"{POLICY}.json"]

@@ -25,6 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from biscale_gym.config import load_preset
+from biscale_gym.envs.shield import NO_SHIELD
 from biscale_gym.tracking import open_tracker
 from biscale_gym.training import checkpoint as checkpoints
 from biscale_gym.training.algorithms import find_algorithm, make_model
@@ -438,6 +439,10 @@ def _check(settings: TrainingSettings) -> None:
         raise TrainingError(
             f"constraint.kind lagrangian: {settings.algorithm} learns from rewards of older multipliers; "
             "use penalty, or an on-policy algorithm"
+        )
+    if algorithm.recurrent and settings.shield != NO_SHIELD:
+        raise TrainingError(
+            f"shield: a policy of {settings.algorithm} is evaluated by itself, its state is not a shield's; remove it"
         )
     if lagrangian and any(wrapper.name == "EnergyPerRequest" for wrapper in settings.wrappers):
         raise TrainingError("constraint and the wrapper EnergyPerRequest both price violations; keep one of them")

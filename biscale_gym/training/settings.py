@@ -170,6 +170,9 @@ class TrainingSettings(Settings):
             ``lin_X``: from X linearly to 0.
         net_arch: hidden layers of policy and value network each.
         activation: between them.
+        lstm_size: cells of ``recurrent-ppo`` before them, of policy and value network each.
+        quantiles: of the return that ``qr-dqn`` and ``tqc`` estimate for every action; an update's work grows with
+            their square.
         discount: ``step``: the algorithm's gamma, per step. ``time``: ``info["discount"]``, the environment's
             ``discount_per_s`` to the power of the step's seconds.
         lanes: environments side by side.
@@ -193,6 +196,8 @@ class TrainingSettings(Settings):
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     net_arch: tuple[Count, ...] = (64, 64)
     activation: Literal["tanh", "relu"] = "tanh"
+    lstm_size: Count = 256
+    quantiles: Count = 25
     discount: Literal["step", "time"] = "step"
     lanes: Count = 256
     total_steps: Count

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from biscale_gym.cluster.ledger import RequestLedger
 from biscale_gym.cluster.simulator import Simulator
 from biscale_gym.envs.episodes import Episode
-from biscale_gym.envs.rendering.timeline import BATCH, CLOCK_MHZ, POWER_W, QUEUE, read
+from biscale_gym.envs.rendering.timeline import BATCH, CLOCK_MHZ, QUEUE, read
 from biscale_gym.training.errors import TrainingError
 
 SAMPLES = 900
 """Of an episode, at most."""
-_SHOWN = {"clock_mhz": CLOCK_MHZ, "queue": QUEUE, "batch": BATCH, "power_w": POWER_W}
+_SHOWN = {"clock_mhz": CLOCK_MHZ, "queue": QUEUE, "batch": BATCH}
 
 
 class Watch:
@@ -27,6 +27,7 @@ class Watch:
         self._every_s = 0.0
         self._times_s: list[float] = []
         self._samples: list[dict[int, NDArray[np.float64]]] = []
+        self._energy_j: list[NDArray[np.float64]] = []
         self._names: dict[int, str] = {}
 
     def look(self, simulator: Simulator, episode: Episode) -> None:
@@ -43,6 +44,7 @@ class Watch:
             self._names.setdefault(number, f"{reading.name} TP{int(simulator.state.inst[number]['tp'])}")
         self._times_s.append(simulator.now_s)
         self._samples.append({number: reading.values for number, reading in found.items()})
+        self._energy_j.append(simulator.instances().energy_j.sum(axis=1))
 
     def requests(self) -> RequestLedger:
         """The requests of the episode's counted part.
@@ -55,16 +57,22 @@ class Watch:
         return self._simulator.requests().arrived(self._episode.warmup_s, self._episode.end_s)
 
     def timeline(self) -> dict[str, NDArray[Any]]:
-        """The samples as ``drawing.timeline_figure`` takes them; times from the end of the warm-up."""
+        """The samples as ``drawing.timeline_figure`` takes them; times from the end of the warm-up.
+
+        Power is the mean from one sample to the next: at a decision a batch is about to start, and what an instance
+        draws in that moment says nothing of the batch. The last sample ends the last mean and is not shown.
+        """
         assert self._episode is not None
         numbers = sorted(self._names)
-        values = np.full((len(_SHOWN), len(self._samples), len(numbers)), np.nan)
-        for at, sample in enumerate(self._samples):
+        shown = np.full((len(_SHOWN) + 1, len(self._samples) - 1, len(numbers)), np.nan)
+        for at, sample in enumerate(self._samples[:-1]):
+            lasts_s = self._times_s[at + 1] - self._times_s[at]
             for column, number in enumerate(numbers):
                 if number in sample:
-                    values[:, at, column] = sample[number][list(_SHOWN.values())]
+                    spent_j = self._energy_j[at + 1][number] - self._energy_j[at][number]
+                    shown[:, at, column] = [*sample[number][list(_SHOWN.values())], spent_j / lasts_s]
         return {
-            "time_s": np.array(self._times_s) - self._episode.warmup_s,
-            **dict(zip(_SHOWN, values, strict=True)),
+            "time_s": np.array(self._times_s[:-1]) - self._episode.warmup_s,
+            **dict(zip((*_SHOWN, "power_w"), shown, strict=True)),
             "label": np.array([self._names[number] for number in numbers]),
         }

@@ -16,6 +16,7 @@ from biscale_gym.training.settings import TrainingSettings
 _RENAMED = {"n_envs": "lanes", "n_timesteps": "total_steps"}
 _IGNORED_IF = {"normalize": (False,), "policy": None}
 """Keys of the Zoo's own that change nothing here; the values for which that is so, None: any."""
+_POLICY = {"net_arch": "net_arch", "lstm_hidden_size": "lstm_size", "n_quantiles": "quantiles"}
 _ACTIVATIONS = {"nn.Tanh": "tanh", "nn.ReLU": "relu", "th.nn.Tanh": "tanh", "th.nn.ReLU": "relu"}
 
 
@@ -49,19 +50,21 @@ def with_conf_file(settings: TrainingSettings, path: Path) -> TrainingSettings:
 
 
 def _policy(value: Any, where: str) -> dict[str, Any]:
-    """``net_arch`` and ``activation`` of a text like ``dict(net_arch=[64, 64], activation_fn=nn.Tanh)``."""
+    """What settings a text says, like ``dict(net_arch=[64, 64], activation_fn=nn.Tanh)``."""
     found: dict[str, Any] = {}
     try:
         call = ast.parse(str(value).strip(), mode="eval").body
         if not isinstance(call, ast.Call) or ast.unparse(call.func) != "dict" or call.args:
             raise ValueError("expected dict(...)")
         for keyword in call.keywords:
-            if keyword.arg == "net_arch":
-                found["net_arch"] = ast.literal_eval(keyword.value)
+            if keyword.arg in _POLICY:
+                found[_POLICY[keyword.arg]] = ast.literal_eval(keyword.value)
             elif keyword.arg == "activation_fn" and ast.unparse(keyword.value) in _ACTIVATIONS:
                 found["activation"] = _ACTIVATIONS[ast.unparse(keyword.value)]
             else:
-                raise ValueError(f"{ast.unparse(keyword)} cannot be had; valid: net_arch, activation_fn")
+                raise ValueError(
+                    f"{ast.unparse(keyword)} cannot be had; valid: {', '.join((*_POLICY, 'activation_fn'))}"
+                )
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{where}: policy_kwargs {value!r}: {error}") from error
     return found

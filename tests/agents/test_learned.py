@@ -230,6 +230,43 @@ def test_a_trained_placement_policy_runs_in_a_comparison(trained_planner: tuple[
         run(job.model_copy(update={"overrides": {"clocks_mhz": [930, 1410]}}))
 
 
+@pytest.fixture(scope="module")
+def trained_cluster(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where a policy of all clocks, of random weights, was exported."""
+    values = {
+        "env_id": "BiScale/Cluster-v0",
+        "scenarios": ["smoke"],
+        "hyperparameters": {"n_steps": 8, "batch_size": 8},
+        "lanes": 1,
+        "total_steps": 8,
+    }
+    settings = validate(TrainingSettings, values, "test")
+    folder = tmp_path_factory.mktemp("cluster")
+    export_model(make_model(settings, make_lanes(settings)), settings, folder, {"step": 0})
+    return str(folder)
+
+
+def test_a_policy_of_all_clocks_runs_in_a_comparison(trained_cluster: str) -> None:
+    probes = {"requests_per_probe": 400, "warmup_s": 2.0, "rate_tolerance": 0.05}
+    settings = {"cluster": trained_cluster, "biscale": {"tier1": probes}}
+    outcome = played(**settings)
+    assert outcome.row["requests_finished"] > 0
+    clocks = outcome.timeline["clock_mhz"][1:]
+    assert len(np.unique(clocks[~np.isnan(clocks)])) > 1
+    assert played(**settings).action_digest == outcome.action_digest
+
+
+def test_a_policy_of_all_clocks_leaves_no_room_for_others(trained_cluster: str, models: dict[str, str]) -> None:
+    with pytest.raises(AgentError, match="cluster is a model of all clocks at once, and prefill is set, too"):
+        Learned(cluster=trained_cluster, prefill=models["prefill"])
+    with pytest.raises(AgentError, match="use placement=biscale"):
+        Learned(cluster=trained_cluster, placement="load-curves")
+    with pytest.raises(ModelError, match="has format 1, this version reads 'cluster 1' here"):
+        Learned(cluster=models["prefill"])
+    with pytest.raises(ModelError, match="has format 'cluster 1', this version reads 1 or 'lstm 1' here"):
+        Learned(prefill=trained_cluster)
+
+
 def test_an_unknown_placement_names_the_nearest() -> None:
     with pytest.raises(AgentError, match=r"no placement 'load-curve'; .*load-curves"):
         find_planner("load-curve")

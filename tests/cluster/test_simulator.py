@@ -146,6 +146,30 @@ def test_the_seed_decides_switching_times_and_nothing_is_left_to_chance() -> Non
     assert finish_s(1) != finish_s(2)
 
 
+def test_a_policy_that_remembers_more_has_room_for_it() -> None:
+    narrow, wide = busy_cluster(), busy_cluster()
+    for run, memory in ((narrow, MEMORY_SIZE), (wide, 100)):
+        run.set_policies(PhasePolicy(restless_prefill, memory=memory), PhasePolicy(restless_decode))
+        run.run(0.5)
+        run.state.memory[:, :MEMORY_SIZE] = np.arange(MEMORY_SIZE)
+        kept = run.state.memory.copy()
+        run.set_policies(PhasePolicy(restless_prefill), PhasePolicy(restless_decode, memory=200))
+        run.run()
+        assert run.state.memory.shape == (len(kept), 200)
+        assert not run.state.memory[:, MEMORY_SIZE:].any()
+    np.testing.assert_array_equal(narrow.requests().finish_s, wide.requests().finish_s)
+    np.testing.assert_array_equal(narrow.state.memory, wide.state.memory)
+    before = wide.state.memory.copy()
+    for number in range(20):  # until the lanes outgrow their arrays
+        tp = 2 + 2 * (number % 2)
+        wide.reconfigure(
+            Placement((InstanceSpec("prefill", tp, CLOCKS_MHZ[0]), InstanceSpec("decode", tp, CLOCKS_MHZ[0])))
+        )
+    assert len(wide.state.memory) > len(before)
+    np.testing.assert_array_equal(wide.state.memory[: len(before)], before)
+    assert wide.state.memory.shape[1] == 200
+
+
 # -- stepwise driving --------------------------------------------------------------------------------------------------
 
 

@@ -156,6 +156,17 @@ def test_lanes_of_their_own_keep_their_attributes() -> None:
     assert len({one.trace_seed for one in envs.get_attr("episode")}) > 1
 
 
+def test_lanes_of_their_own_begin_with_options_of_their_own() -> None:
+    env_id = "BiScale/Placement-v0"
+    told, again = (make_vec_env(env_id, LANES, **short(env_id)) for _ in range(2))
+    for envs in (told, again):
+        envs.seed(3)
+        envs.set_options([{"trace_seed": lane % 3} for lane in range(LANES)])
+    first = told.reset()
+    assert [one.trace_seed for one in told.get_attr("episode")] == [lane % 3 for lane in range(LANES)]
+    same(first, again.reset())
+
+
 def test_maskable_ppo_trains_on_placements() -> None:
     sb3_contrib = pytest.importorskip("sb3_contrib")
     env_id = "BiScale/Placement-v0"

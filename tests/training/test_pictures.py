@@ -49,7 +49,10 @@ def test_what_is_shown_is_the_first_episode_of_the_evaluation(
     assert timeline["label"].tolist()[0].startswith("prefill 0 TP")
     assert np.all(timeline["clock_mhz"][1:] == 1830.0)
     assert timeline["time_s"][0] >= 0.0
-    assert np.all(np.diff(timeline["time_s"]) > 0.0)
+    lasts_s = np.diff(timeline["time_s"])
+    assert np.all(lasts_s > 0.0)
+    energy_j = float((timeline["power_w"][:-1, 0] * lasts_s).sum())
+    assert energy_j == pytest.approx(evaluator.references()["smoke"]["max-clock"].energy_j[0], rel=0.1)
 
 
 def test_a_cluster_has_both_phases(tiny: Make, tmp_path: Path, trained: Callable[..., Result]) -> None:

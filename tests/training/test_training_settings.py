@@ -99,7 +99,7 @@ def test_wrong_settings_are_told_in_one_message(changed: dict[str, Any], message
         ({"hyperparameters.n_step": 8}, "ppo has no 'n_step'; did you mean 'n_steps'?"),
         ({"hyperparameters.batch_size": 100}, "expected a divisor of that, for instance 64"),
         ({"hyperparameters.learning_rate": "lin_fast"}, "expected a number, or lin_X"),
-        ({"hyperparameters.policy_kwargs": {}}, "use net_arch and activation"),
+        ({"hyperparameters.policy_kwargs": {}}, "use net_arch, activation, lstm_size and quantiles"),
         ({"hyperparameters.use_sde": True}, "a checkpoint does not hold its noise"),
     ],
 )
