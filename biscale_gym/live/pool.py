@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import random
 import signal
 import socket
 import sys
@@ -41,11 +42,22 @@ class Died:
     why: str
 
 
+_PORTS = range(20_000, 32_000)
+"""Below those that systems hand out to whoever asks for any port: of these, one that is free now may be a connection's
+by the time that a worker has loaded its model and listens."""
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody listens on now, and that nobody is given unasked.
+
+    Raises:
+        LiveError: none is found.
+    """
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LiveError(f"no free port of 127.0.0.1 among 100 from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def starved_s(pid: int) -> float:

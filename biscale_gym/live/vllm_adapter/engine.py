@@ -8,6 +8,8 @@ loopback.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +41,14 @@ class Output:
     kv_params: dict[str, Any] | None
 
 
+def _end_with_the_listener(failed: threading.ExceptHookArgs) -> None:
+    """Tell of a thread that failed; end the process where it is NIXL's listener, for which vLLM would wait for ever."""
+    threading.__excepthook__(failed)
+    if failed.thread is not None and failed.thread.name == "nixl_handshake_listener":
+        sys.stderr.flush()
+        os._exit(1)
+
+
 class Engine:
     """One vLLM engine in this process.
 
@@ -51,6 +61,7 @@ class Engine:
         if setup.settings.engine == "cpu":
             make_fit()
         self._vllm: Any = import_module("vllm")
+        threading.excepthook = _end_with_the_listener
         options = engine_options(setup)
         transfer = import_module("vllm.config").KVTransferConfig(**options.pop("kv_transfer_config"))
         arguments = import_module("vllm.engine.arg_utils").EngineArgs(
