@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,14 @@ from biscale_gym.control.scenario import ScenarioSettings, load_scenario
 def scenario() -> ScenarioSettings:
     """What real workers serve in tests: a short trace of their own, and time to drain on a crowded machine."""
     return load_scenario("live-smoke", {"duration_s": 4.0, "training_s": 60.0, "drain_limit_s": 300.0})
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Short, as the paths of Unix sockets must be."""
+    made = Path(tempfile.mkdtemp(prefix="biscale-"))
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture(scope="session")

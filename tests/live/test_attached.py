@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,14 +42,6 @@ Play = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def settings() -> LiveSettings:
     return load_preset(LiveSettings, "live", "cpu").model_copy(update={"hung_s": 60.0, "kv_lease_s": 6})
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """Short, as the paths of Unix sockets must be."""
-    made = Path(tempfile.mkdtemp(prefix="biscale-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture(scope="module")

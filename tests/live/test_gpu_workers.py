@@ -51,17 +51,6 @@ def preset(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """Short, as the paths of Unix sockets must be."""
-    import shutil
-    import tempfile
-
-    made = Path(tempfile.mkdtemp(prefix="biscale-"))
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture(scope="module")
 def four_cards(fake_library: Path, folder: Path) -> Iterator[Cards]:
     """For all processes that are started: the forkserver, too, must be one that finds the fake library."""
     cards = Cards(folder / "cards", 4)
