@@ -17,6 +17,7 @@ from biscale_gym.profiles import layout as at
 Vector = NDArray[np.float64]
 
 _POWER_TOLERANCE_W = 1e-4
+_STEPS_PER_BISECTION = 8
 _MAX_STEPS = 60
 _SLOPE_STEP_GHZ = 1e-4
 
@@ -136,8 +137,10 @@ def _root(
 ) -> tuple[float, float]:
     """Clock [GHz] at which power is the board limit, and the latency [s] there.
 
-    Starts at ``ghz`` with the slopes of power and, relatively, of latency; goes on by secant steps within a bracket,
-    one that falls out of it becomes a bisection. The last step is not evaluated: latency is carried along its slope.
+    Starts at ``ghz`` with the slopes of power and, relatively, of latency; goes on by secant steps within a bracket.
+    One that falls out of it becomes a bisection, and so does every eighth: at the tensor cores' own clock power has a
+    kink, from whose far sides secants alone approach by a hair at a time. The last step is not evaluated: latency is
+    carried along its slope.
     """
     low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
     before, power_before_w, latency_before_s = ghz, 0.0, 0.0
@@ -154,7 +157,7 @@ def _root(
             w_per_ghz = (power_w - power_before_w) / (ghz - before)
             s_per_ghz = (latency_s - latency_before_s) / (ghz - before)
         following = ghz + (model[at.LIMIT_W] - power_w) / w_per_ghz
-        if not low < following < high:
+        if step % _STEPS_PER_BISECTION == _STEPS_PER_BISECTION - 1 or not low < following < high:
             following = 0.5 * (low + high)
         elif abs(power_w - model[at.LIMIT_W]) <= _POWER_TOLERANCE_W:
             return following, latency_s + s_per_ghz * (following - ghz)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from biscale_gym.profiles import Profile, kernels, load_profile
@@ -17,6 +17,8 @@ VECTORS = {
     for precision in ("bf16", "fp8")
     for tp in (1, 2, 4, 8)
 }
+# Where the board limit binds, power is within 1e-4 W before the last step, whose slope may be off at a kink.
+AT_LIMIT = 1e-3 / 698.0
 FINE = {precision: load_profile("h100-sxm5", "llama-3.3-70b", precision) for precision in ("bf16", "fp8")}
 
 classes = st.sampled_from(sorted(VECTORS))
@@ -39,14 +41,18 @@ def test_decode_look_up_equals_the_closed_form(
         mhz = kernels.effective_clock_mhz(vector, clock, batch, kv, 0.0, 0.0)
         assert mhz < GRID_MHZ[clock]
         expected_s, expected_w = closed_form(vector, mhz / 1000, batch, kv, 0.0, 0.0)
-    assert latency_s == pytest.approx(expected_s, rel=1e-11)
-    assert power_w == pytest.approx(expected_w, rel=1e-11)
+    exact = AT_LIMIT if power_w == vector[at.LIMIT_W] else 1e-11
+    assert latency_s == pytest.approx(expected_s, rel=exact)
+    assert power_w == pytest.approx(expected_w, rel=exact)
     assert kernels.decode_latency(vector, clock, batch, kv) == latency_s
     assert kernels.iteration_cost(vector, clock, batch, kv, 0.0, 0.0) == (latency_s, power_w)
     assert kernels.iteration_latency(vector, clock, batch, kv, 0.0, 0.0) == latency_s
 
 
 @given(classes, clocks, batches, contexts, prompts, lengths)
+@example(("fp8", 1), 5, 5.0, 1.0, 468.0, 1.0)
+# Power bends at the tensor cores' own clock just above the answer, and the search starts far above it.
+@example(("bf16", 1), 7, 2.0, 3.5, 16251.0, 530.0)
 @settings(max_examples=300, deadline=None)
 def test_mixed_iterations_equal_the_closed_form(
     which: tuple[str, int], clock: int, batch: float, context: float, m: float, length: float
@@ -55,8 +61,9 @@ def test_mixed_iterations_equal_the_closed_form(
     latency_s, power_w = kernels.iteration_cost(vector, clock, batch, kv, m, s2)
     mhz = kernels.effective_clock_mhz(vector, clock, batch, kv, m, s2)
     expected_s, expected_w = closed_form(vector, mhz / 1000, batch, kv, m, s2)
-    assert latency_s == pytest.approx(expected_s, rel=1e-11)
-    assert power_w == pytest.approx(expected_w, rel=1e-11)
+    exact = AT_LIMIT if power_w == vector[at.LIMIT_W] else 1e-11
+    assert latency_s == pytest.approx(expected_s, rel=exact)
+    assert power_w == pytest.approx(expected_w, rel=exact)
     assert power_w <= vector[at.LIMIT_W]
     assert mhz <= GRID_MHZ[clock] + 1e-9
     assert kernels.iteration_latency(vector, clock, batch, kv, m, s2) == latency_s
