@@ -267,15 +267,19 @@ def test_on_cards_that_cannot_be_read_the_top_clock_is_set(cards: Cards, profile
     with NvmlDevice([0], sample_s=0.01) as device:
         chosen = PhasePolicy(lowest, np.array([0.0]))
         governor = Governor(own, chosen, device, profile, CLOCKS_MHZ, stale_s=0.3)
-        governor.before(LOADS["decode"])
+
+        def comes_to(clock_mhz: int) -> bool:
+            governor.before(LOADS["decode"])
+            return cards.locked_mhz[0] == clock_mhz
+
+        wait_until(lambda: comes_to(930))  # a machine with much else to do is late with telemetry, too
         spent = governor.after(0.01)
         assert spent.energy_j == pytest.approx(0.01 * 100.0)  # of the card, not of the profile
-        wait_until(lambda: cards.locked_mhz[0] == 930)
         cards[0].read_error = fake_nvml.GPU_IS_LOST
         time.sleep(0.5)
-        governor.before(LOADS["decode"])
-        wait_until(lambda: cards.locked_mhz[0] == 1980)
-        assert governor.stale_decisions == 1
+        stale_before = governor.stale_decisions
+        wait_until(lambda: comes_to(1980))
+        assert governor.stale_decisions > stale_before
 
 
 def test_observing_only_the_policy_runs_and_no_clock_is_set(cards: Cards, profile: Profile, tmp_path: Path) -> None:
