@@ -11,13 +11,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from biscale_gym._jit import inlined
+from biscale_gym._jit import compiled, inlined
 from biscale_gym.profiles import layout as at
 
 Vector = NDArray[np.float64]
 
 _POWER_TOLERANCE_W = 1e-4
-_STEPS_PER_BISECTION = 8
 _MAX_STEPS = 60
 _SLOPE_STEP_GHZ = 1e-4
 
@@ -123,6 +122,29 @@ def closed_form(
     return _at_ghz(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
 
 
+@compiled
+def _bisected(
+    model: Vector,
+    batch: float,
+    kv_tokens: float,
+    prefill_tokens: float,
+    sum_len_sq: float,
+    tokens_p: float,
+    low: float,
+    high: float,
+) -> tuple[float, float]:
+    """As ``_root``, by halving a bracket: safe and slow."""
+    ghz, latency_s = high, 0.0
+    for _ in range(_MAX_STEPS):
+        ghz = 0.5 * (low + high)
+        latency_s, power_w = _at_ghz(model, ghz, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p)
+        if power_w > model[at.LIMIT_W]:
+            high = ghz
+        else:
+            low = ghz
+    return ghz, latency_s
+
+
 @inlined
 def _root(
     model: Vector,
@@ -137,10 +159,10 @@ def _root(
 ) -> tuple[float, float]:
     """Clock [GHz] at which power is the board limit, and the latency [s] there.
 
-    Starts at ``ghz`` with the slopes of power and, relatively, of latency; goes on by secant steps within a bracket.
-    One that falls out of it becomes a bisection, and so does every eighth: at the tensor cores' own clock power has a
-    kink, from whose far sides secants alone approach by a hair at a time. The last step is not evaluated: latency is
-    carried along its slope.
+    Starts at ``ghz`` with the slopes of power and, relatively, of latency; goes on by secant steps within a bracket,
+    one that falls out of it becomes a bisection. The last step is not evaluated: latency is carried along its slope.
+    At the tensor cores' own clock power has a kink, which secants from its far side approach by a hair at a time: a
+    search that is not over after many steps ends by bisections.
     """
     low, high = model[at.LOWEST_GHZ], model[at.HIGHEST_GHZ]
     before, power_before_w, latency_before_s = ghz, 0.0, 0.0
@@ -157,14 +179,14 @@ def _root(
             w_per_ghz = (power_w - power_before_w) / (ghz - before)
             s_per_ghz = (latency_s - latency_before_s) / (ghz - before)
         following = ghz + (model[at.LIMIT_W] - power_w) / w_per_ghz
-        if step % _STEPS_PER_BISECTION == _STEPS_PER_BISECTION - 1 or not low < following < high:
+        if not low < following < high:
             following = 0.5 * (low + high)
         elif abs(power_w - model[at.LIMIT_W]) <= _POWER_TOLERANCE_W:
             return following, latency_s + s_per_ghz * (following - ghz)
         if following == ghz:
-            break
+            return ghz, latency_s
         before, power_before_w, latency_before_s, ghz = ghz, power_w, latency_s, following
-    return ghz, latency_s
+    return _bisected(model, batch, kv_tokens, prefill_tokens, sum_len_sq, tokens_p, low, high)
 
 
 @inlined
