@@ -241,22 +241,27 @@ def profile(
     clocks: tuple[int, ...] = (),
     seed: int = 0,
 ) -> int:
-    """Measure what iterations of live workers take, point by point; interrupted, it goes on where it was.
+    """Measure what iterations of live workers take and cards draw, point by point; interrupted, it goes on.
 
     Args:
         out: CSV file with its provenance; requests between the workers go to a second file beside it.
         scenario: Scenario preset or YAML file; its placement says which workers there are.
         workers: Preset of live settings, or a YAML file.
         sweep: Preset of configs/profiling, or a YAML file: points, repeats, precision.
-        clocks: Clocks in MHz, which CPU workers only emulate; the scenario's top clock without it.
+        clocks: Clocks in MHz; without it the scenario's top clock of CPU workers, which only emulate them, and all of
+            its clocks of cards, or the one that they run where none may be set.
         seed: Seed of the prompts' tokens.
     """
     from biscale_gym.live import profiling
+    from biscale_gym.live.signals import ending_signals_raise
 
-    done = profiling.profile(scenario, workers, sweep, clocks, out, seed)
+    with ending_signals_raise():
+        done = profiling.profile(scenario, workers, sweep, clocks, out, seed)
+    told = ", ".join(f"{clock:g}" for clock in done.clocks_mhz)
+    power = "power measured" if done.power else "power not measured"
     print(
         f"{out}: {done.points} points, {done.rows} rows; half width of the 95 % intervals: median "
-        f"{done.median_percent:.1f} %, widest {done.widest_percent:.1f} %"
+        f"{done.median_percent:.1f} %, widest {done.widest_percent:.1f} %; clocks {done.mode}, {told} MHz; {power}"
     )
     return 0
 

@@ -36,7 +36,8 @@ from biscale_gym.control.workload import Requests
 from biscale_gym.evaluation.faults import is_user_error, one_line
 from biscale_gym.live.demand import prepared
 from biscale_gym.live.pool import Pool
-from biscale_gym.live.profiling import SweepSettings, give_cores, run_sweep
+from biscale_gym.live.profile_points import SweepSettings
+from biscale_gym.live.profiling import give_cores, run_sweep
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome, Replay
 from biscale_gym.live.settings import LiveSettings

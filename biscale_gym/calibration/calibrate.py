@@ -182,10 +182,10 @@ def _busy(rows: Profiled, clock_mhz: int | None = None) -> Profiled:
 
 
 def _host_time(profiled: Profiled, subject: _Subject) -> HostTime:
-    """What of the iterations no clock stretches; nothing, where nothing is emulated."""
-    if subject.emulated is None:
-        return HostTime((0.0, 0.0), (0.0, 0.0))
+    """What of the iterations lies between the batches; where clocks are emulated, what they do not stretch."""
     rows = _busy(medians(profiled))
+    if subject.emulated is None:
+        return host_time(rows.iterations, rows.host_ms)
     at_top = rows.iterations.clock_mhz == subject.clocks_mhz[-1]
     top, lower = rows.rows(at_top), rows.rows(~at_top)
     decode, prefill = slept_ms(lower, top, subject.emulated, subject.clocks_mhz[-1])
@@ -317,7 +317,11 @@ def calibrate(
     host = _host_time(profiled, subject)
     if chosen == "parametric":
         assert parametric is not None
-        settings = parametric.hardware if subject.emulated is None else None
+        settings = None
+        if subject.emulated is None:
+            device = profiled.provenance.get("identity", {}).get("device")
+            about = f"{device}: the closed form of {subject.base.hardware.description}, fitted to a profile"
+            settings = parametric.hardware.model_copy(update={"description": about} if device else {})
         tables = None if settings is not None else _tables(parametric, rows)
     else:
         settings = None

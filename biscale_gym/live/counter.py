@@ -11,11 +11,12 @@ class EnergyCounter:
 
     Attributes:
         energy_j: joules so far.
+        stepped_s: when it was first read at its present value: cards move it less often than it is read.
         went_back: how often the counter fell.
     """
 
     def __init__(self) -> None:
-        self.energy_j = 0.0
+        self.energy_j = self.stepped_s = 0.0
         self.went_back = 0
         self._last_mj: int | None = None
         self._last_s = 0.0
@@ -29,5 +30,7 @@ class EnergyCounter:
             else:
                 self.went_back += 1
                 self.energy_j += self._last_w * (now_s - self._last_s)
+        if counter_mj != self._last_mj:
+            self.stepped_s = now_s
         self._last_mj, self._last_s, self._last_w = counter_mj, now_s, power_w
         return self.energy_j

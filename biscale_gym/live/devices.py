@@ -84,6 +84,19 @@ class Reading:
     flags: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """One GPU's energy counter at its last step; mean power is what lies between two of its steps.
+
+    Attributes:
+        time_s: of the step, on ``time.monotonic``'s scale, as exactly as it is sampled.
+        energy_j: since the device was opened.
+    """
+
+    time_s: float
+    energy_j: float
+
+
 def check_clock(clock_mhz: int, clocks_mhz: tuple[int, ...]) -> None:
     """Refuse a clock that is not listed.
 
@@ -140,6 +153,10 @@ class Device(Protocol):
 
     def reading(self, work: Work = NOTHING) -> Reading:
         """The last telemetry; of an emulated card, while ``work`` runs on it."""
+        ...
+
+    def meters(self) -> tuple[Meter, ...]:
+        """Of each GPU, or of an emulated group as a whole."""
         ...
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from biscale_gym.live.devices import NOTHING, Mode, Reading, Source, Spent, Work, check_clock
+from biscale_gym.live.devices import NOTHING, Meter, Mode, Reading, Source, Spent, Work, check_clock
 from biscale_gym.profiles import Profile, SwitchingSettings
 from biscale_gym.profiles.kernels import idle_power_w, iteration_cost
 
@@ -133,6 +133,11 @@ class EmulatedDevice:
         now_s = self._now_s()
         self._book_idle(now_s)
         return Reading(now_s, self.clocks_mhz[self._clock], self._cost(work, self._clock)[1], self._energy_j)
+
+    def meters(self) -> tuple[Meter, ...]:
+        """The group's, which steps all the time."""
+        now = self.reading()
+        return (Meter(now.time_s, now.energy_j),)
 
     def close(self) -> None:
         """Nothing to give back."""

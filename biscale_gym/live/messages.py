@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biscale_gym.control.controllers import Controller, PlanContext, make_controller, parsed_variant
-from biscale_gym.live.devices import Mode
+from biscale_gym.live.devices import Meter, Mode
 from biscale_gym.live.vllm_adapter.engine import Output
 
 
@@ -49,6 +49,7 @@ class Run:
         records: file for the iterations.
         clock_mhz: held where the controller has no policy.
         watched: whether the worker shows its status (``live.status``).
+        token_budget: of a batch in this run; None: the worker's own, which it may not exceed.
     """
 
     controller: Variant | None
@@ -56,6 +57,7 @@ class Run:
     records: Path
     clock_mhz: int
     watched: bool = False
+    token_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,11 @@ class Abort:
     """To a worker: forget a request."""
 
     request: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadMeters:
+    """To a worker: say what its energy counters show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +158,13 @@ class Alive:
 
     energy_j: float
     kv_used_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meters:
+    """From a worker between two batches: its device's energy counters."""
+
+    meters: tuple[Meter, ...]
 
 
 @dataclass(frozen=True, slots=True)

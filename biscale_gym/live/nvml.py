@@ -119,6 +119,12 @@ def session() -> Iterator[None]:
         nvml.nvmlShutdown()
 
 
+def driver_version() -> str:
+    """Of the loaded driver; NVML must be initialised (``session``)."""
+    with _told("NVML") as nvml:
+        return str(nvml.nvmlSystemGetDriverVersion())
+
+
 def open_gpus(indices: Sequence[int]) -> list[Gpu]:
     """The cards with these indices; NVML must be initialised (``session``).
 

@@ -22,6 +22,7 @@ from biscale_gym.live.devices import (
     NOTHING,
     OVERRIDDEN,
     WATCHDOG_DIED,
+    Meter,
     Mode,
     Reading,
     Source,
@@ -164,6 +165,10 @@ class NvmlDevice:
         """The last telemetry; measured, whatever runs."""
         return self._reading
 
+    def meters(self) -> tuple[Meter, ...]:
+        """Of each card, in the order of ``gpus``."""
+        return self._meters
+
     def close(self) -> None:
         """Give the clocks back; if the driver does not let go within seconds, the watchdog goes on trying.
 
@@ -276,6 +281,7 @@ class NvmlDevice:
             self._contrary = self._contrary + 1 if self._contradicted(clocks_mhz) else 0
             if self._contrary == CONTRARY_SAMPLES:
                 self._lost(OVERRIDDEN)
+        self._meters = tuple(Meter(counter.stepped_s, counter.energy_j) for counter in self._counters)
         self._reading = Reading(now_s, max(clocks_mhz), sum(watts), sum(joules), frozenset(self._flags))
 
     def _contradicted(self, clocks_mhz: Sequence[int]) -> bool:

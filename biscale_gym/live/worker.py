@@ -97,6 +97,7 @@ class WorkerRun:
         self.tokens_before = engine.prompt_tokens_by_source()
         self.began_j = 0.0
         self._empty = True
+        engine.limit(run.token_budget)
         self.hook()
 
     def open_device(self, context: PlanContext) -> tuple[Device, str]:
@@ -228,6 +229,7 @@ class WorkerRun:
         energy_j, flags = self.energy_j, self.device.reading().flags
         self.device.close()
         self.records.close()
+        self.engine.limit(None)
         tokens = {
             source: count - self.tokens_before.get(source, 0)
             for source, count in self.engine.prompt_tokens_by_source().items()
@@ -266,6 +268,8 @@ def _serve(setup: Setup, connection: Connection) -> None:
                         connection.send(m.Begun(run.device.source, run.device.mode, run.notice))
                     case m.Clock() if run is not None:
                         run.hold(message.clock_mhz)
+                    case m.ReadMeters() if run is not None:
+                        connection.send(m.Meters(run.device.meters()))
                     case m.Go() if run is not None:
                         run.go(message.origin_s)
                     case m.EndRun() if run is not None:

@@ -6,6 +6,10 @@ import ctypes
 import mmap
 import shutil
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,3 +87,25 @@ class Cards:
     def calls(self) -> list[Call]:
         made = self.state.call[: self.state.calls]
         return [Call(*(getattr(call, name) for name in Call._fields)) for call in made]
+
+
+@contextmanager
+def counting(cards: Cards, drawn_w: Callable[[Any], float] = lambda card: 1e-3 * card.power_mw) -> Iterator[None]:
+    """The cards' energy counters step a hundred times a second."""
+    ending = threading.Event()
+
+    def count() -> None:
+        exact_mj = [float(card.energy_mj) for card in cards]
+        last_s = time.monotonic()
+        while not ending.wait(0.01):
+            now_s = time.monotonic()
+            for number, card in enumerate(cards):
+                exact_mj[number] += 1e3 * drawn_w(card) * (now_s - last_s)
+                card.energy_mj = int(exact_mj[number])
+            last_s = now_s
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    yield
+    ending.set()
+    thread.join()

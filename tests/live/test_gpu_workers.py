@@ -5,6 +5,7 @@ Real vLLM engines (on CPU cores), the real pynvml, and fake cards behind its cty
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing.forkserver
 import os
 import signal
@@ -20,19 +21,24 @@ import numpy as np
 import pytest
 import yaml
 from live import fake_nvml
-from live.fake_nvml import LOCK, RESET, TOP_MHZ, Cards
+from live.fake_nvml import LOCK, RESET, TOP_MHZ, Cards, counting
 from live.helpers import REAL_WORKERS, ROOT, children, ended, everything_finished, steady, wait_until
 
+from biscale_gym.calibration.calibrate import calibrate
 from biscale_gym.cluster.placement import PHASES
-from biscale_gym.config import load_preset, read_yaml
+from biscale_gym.cluster.settings import ClusterSettings
+from biscale_gym.config import load_preset, read_yaml, validate
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.attached import AttachedReplay
 from biscale_gym.live.demand import prepared
 from biscale_gym.live.pool import Pool
+from biscale_gym.live.profile_points import SweepSettings
+from biscale_gym.live.profiling import run_sweep
 from biscale_gym.live.records import read_records
 from biscale_gym.live.replay import Outcome, Replay, Watcher
 from biscale_gym.live.servers import await_up, connect, start, stop
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.profiles.iterations import read_profiled
 
 pytestmark = REAL_WORKERS
 
@@ -52,14 +58,19 @@ def preset(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def four_cards(fake_library: Path, folder: Path) -> Iterator[Cards]:
-    """For all processes that are started: the forkserver, too, must be one that finds the fake library."""
+    """For this process and all that are started: the forkserver, too, must be one that finds the fake library."""
     cards = Cards(folder / "cards", 4)
     forkserver = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    copy = folder / "lib" / fake_nvml.LIBRARY
+    copy.parent.mkdir()
+    copy.write_bytes(fake_library.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAKE_NVML", str(folder / "cards"))
         patch.setenv("LD_LIBRARY_PATH", str(fake_library.parent))
         patch.setenv("BISCALE_GYM_LOCKS", str(folder))
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setattr("pynvml.nvmlLib", ctypes.CDLL(str(copy)))
+        patch.setattr("pynvml._nvmlGetFunctionPointer_cache", {})
         forkserver._stop()
         yield cards
     forkserver._stop()
@@ -93,6 +104,28 @@ def play(pool: Pool, scenario: ScenarioSettings, tmp_path: Path) -> Play:
         return Replay(pool, steady(), controller, context, tmp_path / "records", 0, watcher).run()
 
     return run
+
+
+SWEEP = {
+    "decode_batches": [1, 4],
+    "decode_contexts": [64, 512],
+    "prefill_counts": [1, 2],
+    "prefill_lengths": [256, 512],
+    "warmup_iterations": 3,
+    "iterations": 8,
+    "warmup_s": 0.2,
+    "window_s": 0.5,
+    "least_repeats": 2,
+    "most_repeats": 2,
+    "precision_percent": 10.0,
+    "handovers": 6,
+}
+
+
+def sweep_file(folder: Path) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(SWEEP))
+    return path
 
 
 def groups_moved_together(cards: Cards) -> None:
@@ -170,6 +203,60 @@ def test_without_permission_clocks_are_observed_and_it_is_said_once(
     assert "--cap-add SYS_ADMIN" in said
 
 
+def test_a_sweep_of_cards_is_profiled_and_calibrated(
+    pool: Pool, scenario: ScenarioSettings, cards: Cards, tmp_path: Path
+) -> None:
+    """The cards draw 60 W and 0.1 W/MHz, whatever runs."""
+
+    def drawn_w(card: Any) -> float:
+        return 60.0 + 0.1 * (card.locked_mhz or TOP_MHZ)
+
+    path, clocks = tmp_path / "cards.csv", (930, TOP_MHZ)
+    context = prepared(scenario, None, 0)[1]
+    sweep = validate(SweepSettings, SWEEP, "sweep")
+    with counting(cards, drawn_w):
+        told = run_sweep(pool, context, sweep, clocks, path)
+    assert (told.points, told.power, told.mode) == (2 * (4 + 4 + 1), True, "control")
+    found = read_profiled(path)
+    data = found.iterations
+    np.testing.assert_allclose(data.power_w_per_gpu, 60.0 + 0.1 * data.clock_mhz, rtol=0.25)
+    for label, batch, prompts, length in (("decode 4x512", 4, 0, 0), ("prefill 2x512", 0, 2, 512)):
+        rows = data.rows(found.points == label)
+        assert set(rows.clock_mhz) == set(clocks)
+        assert set(rows.batch) == {float(batch)}
+        assert set(rows.prefill_tokens) == {float(prompts * length)}
+        assert set(rows.sum_len_sq) == {float(prompts * length**2)}
+        assert (rows.latency_ms > 0.5).all()
+    groups_moved_together(cards)
+    assert cards.locked_mhz == [0, 0, 0, 0]
+    calibration = calibrate(path, tmp_path / "out", "parametric", folds=2)
+    assert calibration.power == "measured"
+    profile = ClusterSettings.model_validate(calibration.cluster).profile()
+    low_w, top_w = (float(profile.power_w(2, clock, 4, 2100)) for clock in clocks)
+    assert top_w == pytest.approx(258.0, rel=0.3)
+    assert low_w < 0.8 * top_w
+    assert profile.idle_power_w(2, TOP_MHZ) == pytest.approx(258.0, rel=0.25)
+
+
+def test_without_permission_a_sweep_measures_at_the_cards_own_clock(
+    pool: Pool, scenario: ScenarioSettings, cards: Cards, tmp_path: Path
+) -> None:
+    for card in cards:
+        card.lock_error = card.reset_error = fake_nvml.NO_PERMISSION
+        card.clock_mhz = 1410
+    few = {"decode_batches": [2, 3], "decode_contexts": [64, 2000], "prefill_lengths": [256, 2000]}
+    path, context = tmp_path / "cards.csv", prepared(scenario, None, 0)[1]
+    with counting(cards, lambda _: 200.0):
+        told = run_sweep(pool, context, validate(SweepSettings, SWEEP | few, "sweep"), (), path)
+    for card in cards:
+        card.clock_mhz = 0
+    assert (told.mode, told.clocks_mhz) == ("observe-only", (1410,))
+    found = read_profiled(path)
+    assert set(found.iterations.clock_mhz) == {1410.0}
+    assert found.provenance["clocks"].startswith("observed only, none was set")
+    assert not [call for call in cards.calls if call.what == LOCK]
+
+
 def test_a_step_of_the_environment_sets_the_cards_clocks(cards: Cards, folder: Path, tmp_path: Path) -> None:
     env = gymnasium.make(
         "BiScale/Live-v0",
@@ -192,14 +279,25 @@ def test_a_step_of_the_environment_sets_the_cards_clocks(cards: Cards, folder: P
     env.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        ("live", signal.SIGKILL),
+        ("live", signal.SIGTERM),
+        ("profile", signal.SIGKILL),
+        ("profile", signal.SIGTERM),
+        ("profile", signal.SIGINT),
+    ],
+)
 def test_clocks_are_given_back_when_the_command_ends(
-    cards: Cards, folder: Path, tmp_path: Path, number: signal.Signals
+    cards: Cards, folder: Path, tmp_path: Path, command: str, number: signal.Signals
 ) -> None:
     program = "from biscale_gym.cli import main; main()"
-    options = {"controllers": "biscale", "workers": str(preset(folder)), "out": str(tmp_path)}
-    command = [sys.executable, "-c", program, "live", *(f"--{name}={value}" for name, value in options.items())]
-    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    options = ["--controllers=biscale", f"--out={tmp_path}"]
+    if command == "profile":
+        options = [str(tmp_path / "p.csv"), f"--sweep={sweep_file(tmp_path)}", "--clocks", "930"]
+    arguments = [sys.executable, "-c", program, command, *options, f"--workers={preset(folder)}"]
+    parent = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
     wait_until(lambda: any(0 < clock < TOP_MHZ for clock in cards.locked_mhz), 600.0)
     started = children(parent.pid)
     parent.send_signal(number)

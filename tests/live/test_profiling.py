@@ -18,13 +18,16 @@ from biscale_gym.live import profiling
 from biscale_gym.live.demand import prepared
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Pool
-from biscale_gym.live.profiling import Point, ProfileFile, Sweep, SweepSettings, done, half_width_percent, points_of
+from biscale_gym.live.profile_file import CARD_COLUMNS, ProfileFile
+from biscale_gym.live.profile_points import Point, SweepSettings, done, half_width_percent, points_of
 from biscale_gym.live.records import DTYPE
 from biscale_gym.live.settings import LiveSettings
+from biscale_gym.live.sweep import Sweep
 from biscale_gym.live.vllm_adapter.model import write_model
 from biscale_gym.profiles.iterations import read_profiled
 
 BUDGET = 1024
+TP = {"prefill": 2, "decode": 2}
 SWEEP = SweepSettings(
     decode_batches=(1, 2, 64),
     decode_contexts=(64, 1000),
@@ -48,13 +51,13 @@ def settings() -> LiveSettings:
 @pytest.mark.parametrize("name", preset_names("profiling"))
 def test_presets_hold_points(name: str, settings: LiveSettings) -> None:
     sweep = load_preset(SweepSettings, "profiling", name)
-    points = points_of(sweep, (1980,), BUDGET, settings.max_model_len, 32768, 128)
+    points = points_of(sweep, (1980,), TP, BUDGET, settings.max_model_len, 32768, 128)
     assert {point.phase for point in points} == {"prefill", "decode"}
     assert sweep.least_repeats <= sweep.most_repeats
 
 
 def test_points_are_what_a_worker_can_hold(settings: LiveSettings) -> None:
-    points = points_of(SWEEP, (930, 1980), BUDGET, settings.max_model_len, 32768, 128)
+    points = points_of(SWEEP, (930, 1980), TP, BUDGET, settings.max_model_len, 32768, 128)
     assert len({point.key for point in points}) == len(points)
     at_top = {(point.phase, point.count, point.tokens) for point in points if point.clock_mhz == 1980}
     # 4 prompts of 512 exceed the budget, 3000 tokens the context, 64 sequences of 1000 the KV blocks.
@@ -66,8 +69,8 @@ def test_points_are_what_a_worker_can_hold(settings: LiveSettings) -> None:
 
 
 def test_a_long_prompt_is_several_batches() -> None:
-    assert Point("prefill", 4, 128, 1980).chunks(BUDGET) == [(512, 4 * 128.0**2)]
-    assert Point("prefill", 1, 1500, 1980).chunks(BUDGET) == [(1024, 1024.0**2), (476, 1500.0**2 - 1024.0**2)]
+    assert Point("prefill", 4, 128, 1980, 2).chunks(BUDGET) == [(512, 4 * 128.0**2)]
+    assert Point("prefill", 1, 1500, 1980, 2).chunks(BUDGET) == [(1024, 1024.0**2), (476, 1500.0**2 - 1024.0**2)]
 
 
 def test_the_interval_covers_the_median() -> None:
@@ -84,10 +87,11 @@ def test_the_interval_covers_the_median() -> None:
 
 
 def test_a_point_is_done_when_precise_or_repeated_enough() -> None:
-    assert not done([10.0], SWEEP)
-    assert done([10.0, 10.01], SWEEP)
-    assert not done([10.0, 15.0], SWEEP)
-    assert done([10.0, 15.0, 12.0], SWEEP), "its most repeats"
+    assert not done([(10.0,)], SWEEP)
+    assert done([(10.0,), (10.01,)], SWEEP)
+    assert not done([(10.0,), (15.0,)], SWEEP)
+    assert not done([(10.0, 300.0), (10.0, 400.0)], SWEEP), "power is not known"
+    assert done([(10.0,), (15.0,), (12.0,)], SWEEP), "its most repeats"
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def records(rows: list[tuple[float, float, int, int, int, float]]) -> np.ndarray
 def test_decode_rows_leave_out_ramp_and_warm_up(tmp_path: Path) -> None:
     ramp = [(0.1, 0.05, 0, 0, 1024, 1024.0**2), (0.2, 0.05, 1, 65, 64, 64.0**2)]
     together = [(0.3 + 0.01 * n, 0.008, 2, 130 + 2 * n, 0, 0.0) for n in range(9)]
-    point = Point("decode", 2, 64, 1980)
+    point = Point("decode", 2, 64, 1980, 2)
     (row,) = reader(tmp_path)._decode_rows(point, records([*ramp, *together, (0.5, 0.008, 1, 80, 0, 0.0)]))
     assert row["latency_ms"] == pytest.approx(10.0)
     assert row["host_ms"] == pytest.approx(2.0)
@@ -128,7 +132,7 @@ def test_decode_rows_leave_out_ramp_and_warm_up(tmp_path: Path) -> None:
 
 
 def test_prefill_rows_follow_a_batch_that_fills_the_budget(tmp_path: Path) -> None:
-    point = Point("prefill", 1, 1500, 1980)
+    point = Point("prefill", 1, 1500, 1980, 2)
     first, second = point.chunks(BUDGET)
     rows = []
     for turn in range(3):  # a warm-up, then two that count
@@ -144,13 +148,6 @@ def test_prefill_rows_follow_a_batch_that_fills_the_budget(tmp_path: Path) -> No
     assert [row["host_ms"] for row in found] == pytest.approx([20.0, 2.0])
     assert [row["prefill_tokens"] for row in found] == [1024, 476]
     assert reader(tmp_path)._prefill_rows(point, records(rows[:-1])) == []
-
-
-def test_cards_are_profiled_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(
-        LiveError, match=r"h100: this measures workers on CPUs; cards are profiled by scripts/profile_h"
-    ):
-        profiling.profile("live-h100", "h100", "quick", (), tmp_path / "p.csv", 0)
 
 
 def test_the_profiled_model_is_the_one_that_runs(settings: LiveSettings, tmp_path: Path) -> None:
@@ -187,10 +184,10 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     with path.open("a") as stream:
         stream.write("2,1980,1,64")  # killed in the midst of a line
     again = ProfileFile(path, {**PROVENANCE, "date": "tomorrow"})
-    assert again.latencies_ms == {
-        "decode 1x64 @1980": [3.0, 3.5],
-        "decode 2x64 @1980": [4.0],
-        "decode 1x64 @930": [9.0],
+    assert again.repeats == {
+        "decode 1x64 TP2 @1980": [(3.0,), (3.5,)],
+        "decode 2x64 TP2 @1980": [(4.0,)],
+        "decode 1x64 TP2 @930": [(9.0,)],
     }
     again.add([row("decode 2x64", 4.5)])
     found = read_profiled(path)
@@ -200,6 +197,17 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     for other, told in (({"device": "b", "engine": "1"}, "device"), ({"device": "b", "engine": "2"}, "device, engine")):
         with pytest.raises(LiveError, match=f"another {told}; give another file"):
             ProfileFile(path, {"identity": other})
+
+
+def test_a_sweep_of_cards_goes_on_with_their_power(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    idle = {**row("idle", 0.0), "batch": 0, "kv_tokens": 0, "host_ms": 0.0}
+    file = ProfileFile(path, PROVENANCE, CARD_COLUMNS)
+    file.add([{**row("decode 1x64", 3.0), "power_w_per_gpu": 210.5}])
+    file.add([{**idle, "power_w_per_gpu": 70.25}])
+    again = ProfileFile(path, PROVENANCE, CARD_COLUMNS)
+    assert again.repeats == {"decode 1x64 TP2 @1980": [(3.0, 210.5)], "idle TP2 @1980": [(70.25,)]}
+    assert read_profiled(path).has_power
 
 
 def test_a_file_without_rows_begins_anew(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class Engine:
         self._own_names: dict[str, str] = {}
         self.block_tokens = int(self._scheduler.block_size)
         self.kv_capacity_tokens = limits_of(self._scheduler).kv_capacity_tokens
+        self._token_budget = int(self._scheduler.max_num_scheduled_tokens)
 
     def hook(self, before: Callable[[Batch], None], after: Callable[[float], None]) -> None:
         """Call ``before`` when a batch is about to run, ``after`` with its seconds when it has run."""
@@ -97,6 +98,10 @@ class Engine:
     def unhook(self) -> None:
         """Call nobody any more."""
         self._scheduler.before = self._scheduler.after = None
+
+    def limit(self, token_budget: int | None) -> None:
+        """Let batches hold so many tokens at most, never more than the engine was started with; None: as it was."""
+        self._scheduler.max_num_scheduled_tokens = min(token_budget or self._token_budget, self._token_budget)
 
     def add(self, request: str, prompt: list[int], output_tokens: int, kv_params: dict[str, Any] | None) -> None:
         """Queue a request for exactly ``output_tokens`` tokens."""
