@@ -140,6 +140,17 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """From a worker: it cannot run what it was asked to, and another process in its place could not either.
+
+    Attributes:
+        why: for people.
+    """
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """From a worker: what an iteration brought, and when, from the start of the run."""
 

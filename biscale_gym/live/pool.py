@@ -259,13 +259,19 @@ class Pool:
         return [each for each in self.workers if each.setup.phase == phase and each.serving]
 
     def messages(self, timeout_s: float) -> Iterator[tuple[WorkerProcess, object]]:
-        """What the workers say, ``Died`` of the dead and the hung; waits at most so long for the first."""
+        """What the workers say, ``Died`` of the dead and the hung; waits at most so long for the first.
+
+        Raises:
+            LiveError: a worker refuses its run: another controller has its cards, they have no such clocks, …
+        """
         ready = wait([each.connection for each in self.workers], timeout_s)
         for each in self.workers:
             if each.connection in ready:
                 for message in each.receive():
                     if isinstance(message, m.Begun):
                         self._tell(message.notice)
+                    if isinstance(message, m.Refused):
+                        raise LiveError(f"{each.setup.name}: {message.why}")
                     yield each, message
             elif (why := each.silent_too_long()) is not None:
                 yield each, Died(why)

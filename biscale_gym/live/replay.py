@@ -28,6 +28,7 @@ from biscale_gym.live import messages as m
 from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Died, Pool, WorkerProcess, all_sources, clock_mode
 from biscale_gym.live.records import read_records
+from biscale_gym.live.routing import next_of, start_level
 from biscale_gym.live.served import Served, ledger_of
 from biscale_gym.live.status import Status
 from biscale_gym.live.vllm_adapter.engine import Output
@@ -114,6 +115,7 @@ class Tally:
         late: of those, whose phase broke its SLO.
         sent: (prompt tokens, arrival) of those sent to its present process.
         lost: what its former processes had shown last.
+        weight, turn: for ``routing``.
     """
 
     routed: int = 0
@@ -121,6 +123,8 @@ class Tally:
     late: int = 0
     sent: list[tuple[int, float]] = field(default_factory=list)
     lost: list[Status] = field(default_factory=list)
+    weight: float = 1.0
+    turn: float = 0.0
 
 
 class Replay:
@@ -178,7 +182,7 @@ class Replay:
         self.lock = threading.Lock()
         self.started = threading.Event()
         self.origin_s = 0.0
-        self.tallies = {each.setup.name: Tally() for each in pool.workers}
+        self.tallies = {each.setup.name: Tally(weight=each.setup.weight) for each in pool.workers}
         self._stopping = False
         columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
         self._served = [Served(number, *row) for number, row in enumerate(zip(*columns, strict=True))]
@@ -266,13 +270,13 @@ class Replay:
         self._send(served, "prefill")
 
     def _send(self, served: Served, phase: Phase) -> None:
-        """To the phase's worker with the fewest requests, or into the queue while there is none."""
+        """To the phase's next worker, or into the queue while there is none."""
         workers = self._pool.of(phase)
         if not workers:
             self._queues[phase].append(served)
             return
-        held = [each.worker for each in self._active.values()]
-        worker = min(workers, key=lambda each: held.count(each.setup.name))
+        chosen = next_of([self.tallies[each.setup.name] for each in workers])
+        worker = next(each for each in workers if self.tallies[each.setup.name] is chosen)
         served.stage, served.worker = phase, worker.setup.name
         self._active[served.id] = served
         if self._watcher is not None:
@@ -326,6 +330,8 @@ class Replay:
             case m.Ready():
                 self._begin(worker)
             case m.Begun() if self.origin_s:
+                others = [each for each in self._pool.of(worker.setup.phase) if each is not worker]
+                start_level(self.tallies[worker.setup.name], [self.tallies[each.setup.name] for each in others])
                 worker.send(m.Go(self.origin_s))
                 waiting = self._queues[worker.setup.phase]
                 for _ in range(len(waiting)):

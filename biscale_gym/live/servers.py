@@ -21,6 +21,7 @@ from biscale_gym.live.governed import VARIABLE, GovernorSettings, socket_path
 from biscale_gym.live.governor_link import GovernorLink
 from biscale_gym.live.http_client import ServerGone, ServerRefused, Url, fetch
 from biscale_gym.live.pool import free_port
+from biscale_gym.live.routing import next_of, start_level
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.setups import setups_of
 from biscale_gym.live.vllm_adapter import server as v
@@ -81,19 +82,14 @@ class Server:
 
 
 def pick(servers: Sequence[Server]) -> Server | None:
-    """The next by smooth weighted round robin among those that are up, as ``cluster.routing`` does it."""
+    """Who is next among those that are up."""
     able = [server for server in servers if server.up.is_set()]
-    if not able:
-        return None
-    chosen = min(able, key=lambda server: server.turn)  # of equals the first
-    chosen.turn += 1.0 / chosen.weight
-    return chosen
+    return next_of(able) if able else None
 
 
 def welcome(server: Server, servers: Sequence[Server]) -> None:
     """A server takes requests from now on; it starts level with the least served of its phase."""
-    others = [each.turn for each in servers if each.phase == server.phase and each.up.is_set()]
-    server.turn = min(others, default=server.turn)
+    start_level(server, [each for each in servers if each.phase == server.phase and each.up.is_set()])
     server.heard_s = time.monotonic()
     server.up.set()
 

@@ -27,6 +27,7 @@ class Setup:
         precision: of the weights, on GPUs.
         settings: of workers.
         token_budget, max_sequences: of a batch.
+        weight: share of requests relative to the phase's other instances.
         port: of its side channel; must be free.
         block: shared memory for a worker's status.
     """
@@ -40,6 +41,7 @@ class Setup:
     settings: LiveSettings
     token_budget: int
     max_sequences: int
+    weight: float = 1.0
     port: int = 0
     block: Any = None
 
@@ -76,6 +78,7 @@ def setups_of(scenario: ScenarioSettings, settings: LiveSettings, folder: Path) 
                     settings,
                     batching.prefill_token_budget,
                     batching.max_decode_sequences,
+                    group.weight,
                 )
             )
             counts[group.phase] += 1

@@ -6,6 +6,7 @@ however the parent ended.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -21,6 +22,7 @@ from biscale_gym.control.controllers import PlanContext, instance_policies
 from biscale_gym.live import messages as m
 from biscale_gym.live.device_choice import open_device
 from biscale_gym.live.devices import NOTHING, Device
+from biscale_gym.live.errors import LiveError
 from biscale_gym.live.governor import Governor, InstanceSetting, Load, WaitingPrompt
 from biscale_gym.live.records import RecordStream
 from biscale_gym.live.setups import Setup
@@ -59,6 +61,9 @@ class WorkerRun:
 
     Attributes:
         notice: what there is to tell of its device.
+
+    Raises:
+        LiveError: its device cannot be opened, or does not have the run's clocks.
     """
 
     def __init__(self, setup: Setup, engine: Engine, run: m.Run) -> None:
@@ -71,25 +76,12 @@ class WorkerRun:
             policy = instance_policies(run.controller.make(), context, "a live worker")[PHASES.index(setup.phase)]
         # Only now: until its first batch a device may hear nothing for as long as it takes to compile a policy.
         self.device, self.notice = self.open_device(context)
-        self.records = RecordStream(run.records)
-        instance = InstanceSetting(
-            setup.phase,
-            setup.tp,
-            run.clock_mhz,
-            self.slo_s,
-            engine.kv_capacity_tokens,
-            setup.token_budget,
-            max_batch=setup.max_sequences,
-        )
-        self.governor = Governor(
-            instance,
-            policy,
-            self.device,
-            context.profile,
-            context.clocks_mhz,
-            self.records,
-            setup.settings.stale_s,
-        )
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self.device)
+            self.records = RecordStream(run.records)
+            opened.callback(self.records.close)
+            self.governor = self._governor(run, policy)
+            opened.pop_all()
         self.status = StatusWriter(setup.block) if run.watched else None
         self.wants_slack = setup.phase == "decode" and (run.watched or (policy is not None and policy.slack))
         self.requests: dict[str, _Request] = {}  # in order of arrival here
@@ -99,6 +91,27 @@ class WorkerRun:
         self._empty = True
         engine.limit(run.token_budget)
         self.hook()
+
+    def _governor(self, run: m.Run, policy: PhasePolicy | None) -> Governor:
+        setup, context = self.setup, run.context
+        instance = InstanceSetting(
+            setup.phase,
+            setup.tp,
+            run.clock_mhz,
+            self.slo_s,
+            self.engine.kv_capacity_tokens,
+            setup.token_budget,
+            max_batch=setup.max_sequences,
+        )
+        return Governor(
+            instance,
+            policy,
+            self.device,
+            context.profile,
+            context.clocks_mhz,
+            self.records,
+            setup.settings.stale_s,
+        )
 
     def open_device(self, context: PlanContext) -> tuple[Device, str]:
         """The device, and what there is to tell of it."""
@@ -264,8 +277,13 @@ def _serve(setup: Setup, connection: Connection) -> None:
                     case m.Run():
                         if run is not None:
                             run.end()  # the parent gave it up before it had begun
-                        run = WorkerRun(setup, engine, message)
-                        connection.send(m.Begun(run.device.source, run.device.mode, run.notice))
+                            run = None
+                        try:
+                            run = WorkerRun(setup, engine, message)
+                        except LiveError as error:
+                            connection.send(m.Refused(str(error)))
+                        else:
+                            connection.send(m.Begun(run.device.source, run.device.mode, run.notice))
                     case m.Clock() if run is not None:
                         run.hold(message.clock_mhz)
                     case m.ReadMeters() if run is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from biscale_gym.live.card_sweep import CardSweep
 from biscale_gym.live.demand import prepared
 from biscale_gym.live.devices import Meter, Work
 from biscale_gym.live.errors import LiveError
+from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.pool import Pool, WorkerProcess
 from biscale_gym.live.profile_file import CARD_COLUMNS, ProfileFile, handovers_path, service_path
 from biscale_gym.live.profile_points import Point, SweepSettings
@@ -213,6 +215,22 @@ def test_an_interrupted_sweep_gives_clocks_back(
     with pytest.raises(KeyboardInterrupt):
         measuring.repeat(Point("decode", 1, 64, LOW_MHZ, 2))
     assert four_cards.locked_mhz[:2] == [LOW_MHZ, LOW_MHZ]
+
+
+def test_cards_of_another_controller_are_refused_and_free_when_it_has_ended(pool: Pool, tmp_path: Path) -> None:
+    with (
+        NvmlDevice([1]),
+        pytest.raises(LiveError, match=rf"decode-0: GPU 1 is controlled by process {os.getpid()} .*observe-only"),
+    ):
+        sweep_of(pool, tmp_path)
+    assert sweep_of(pool, tmp_path).mode == "control"
+
+
+def test_a_clock_of_the_scenario_that_the_cards_do_not_have_is_refused(pool: Pool, tmp_path: Path) -> None:
+    context = prepared(load_scenario("live-smoke", {"clocks_mhz": [751, 1980], "training_s": 60.0}), None, 0)[1]
+    with pytest.raises(LiveError, match=r"prefill-0: the device of a prefill instance has no clocks \[751\]"):
+        CardSweep(pool, context, SWEEP, tmp_path)
+    assert sweep_of(pool, tmp_path).mode == "control", "the cards are free again"
 
 
 def test_what_an_energy_counter_cannot_tell_apart_is_refused(pool: Pool, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class TestOnWorkers:
         assert set(decode["target_mhz"][20:]) != {1830}  # the step's choice is ignored
         assert decode["queue_requests"][-1] == 0  # the last request runs: nobody waits behind it
 
-    @pytest.mark.parametrize("governor", ["agents.learned:Learned", "distserve"])
+    @pytest.mark.parametrize("governor", ["agents.learned:Learned", "distserve", "biscale"])
     def test_a_controller_governs_both_phases(self, make: Make, governor: str) -> None:
         env = make(governor=governor)
         check_episode(env, play(env, lambda _: held(0, 0)))

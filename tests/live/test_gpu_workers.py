@@ -31,6 +31,8 @@ from biscale_gym.config import load_preset, read_yaml, validate
 from biscale_gym.control.scenario import ScenarioSettings
 from biscale_gym.live.attached import AttachedReplay
 from biscale_gym.live.demand import prepared
+from biscale_gym.live.errors import LiveError
+from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.profile_points import SweepSettings
 from biscale_gym.live.profiling import run_sweep
@@ -187,6 +189,17 @@ def test_of_a_killed_worker_the_watchdog_gives_clocks_back_and_the_next_one_sets
     assert not {call.pid for call in after[:2]} & workers  # the watchdog's
     assert any(call.what == LOCK and call.pid in workers for call in after)
     groups_moved_together(cards)
+
+
+def test_a_second_controller_is_one_message_and_no_restart(play: Play, pool: Pool, cards: Cards) -> None:
+    pids = [worker.pid for worker in pool.workers]
+    with (
+        NvmlDevice([0]),
+        pytest.raises(LiveError, match=rf"^decode-0: GPU 0 is controlled by process {os.getpid()} .*observe-only$"),
+    ):
+        play()
+    everything_finished(play())
+    assert [worker.pid for worker in pool.workers] == pids
 
 
 def test_without_permission_clocks_are_observed_and_it_is_said_once(

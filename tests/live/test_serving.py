@@ -5,7 +5,9 @@ They need vLLM: ``make test-live``, or ``.venv-live/bin/python -m pytest -m live
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,21 +232,35 @@ def test_kv_that_nobody_fetched_in_time_is_computed_again(play: Play, pool: Pool
     assert len(outcome.replaced) == 1
 
 
-def test_decode_killed_in_the_midst_of_a_transfer(play: Play, pool: Pool) -> None:
+def test_decode_killed_in_the_midst_of_a_transfer(pool: Pool, scenario: ScenarioSettings, tmp_path: Path) -> None:
     """Prefill stands still, so that the transfer has begun and cannot end when decode dies."""
-    prefill = pool.workers[0]
+    prefill, decode = pool.workers
+    seen: dict[str, Any] = {}
 
     def in_transfer(worker: WorkerProcess) -> None:
         os.kill(prefill.pid, signal.SIGSTOP)
 
         def end() -> None:
+            moved = replay._served[2]
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: decode.kv_used_tokens > 0, HUNG_S / 2)
+            time.sleep(0.5)
+            seen.update(stage=moved.stage, made=moved.made, taken=decode.kv_used_tokens)
             kill(worker)
             os.kill(prefill.pid, signal.SIGCONT)
+            time.sleep(1.0)
+            seen.update(pinned=prefill.kv_used_tokens)
 
-        threading.Timer(0.7, end).start()
+        threading.Thread(target=end, daemon=True).start()
 
-    outcome = play(watcher=when("decode", 2, in_transfer))
+    context = prepared(scenario, None, 0)[1]
+    trace = steady(gap_s=1.0)  # no other request is there
+    replay = Replay(pool, trace, "max-clock", context, tmp_path, 0, when("decode", 2, in_transfer))
+    outcome = replay.run()
     everything_finished(outcome)
+    assert (seen["stage"], seen["made"]) == ("decode", 0), "it had ended"
+    assert seen["taken"] > 0, "it had not begun: no KV blocks were there to take it"
+    assert seen["pinned"] > 0
     assert outcome.retried >= 1
     assert "decode-0 ended with status -9" in outcome.replaced
     wait_until(lambda: settled(pool, "prefill"), LEASE_S + 60.0)
@@ -263,11 +280,16 @@ def test_a_worker_that_hangs_is_replaced(play: Play) -> None:
 
 
 def test_workers_are_replaced_after_the_forkserver_has_died(play: Play, pool: Pool) -> None:
-    """It starts every worker; killed alone it is not missed, and the next worker to start gets a new one."""
+    """It starts every worker; killed alone it is not missed, and the next worker to start gets a new one.
+
+    So does multiprocessing's other helper.
+    """
     server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    tracker = multiprocessing.resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def all_of_them(worker: WorkerProcess) -> None:
         os.kill(server._forkserver_pid, signal.SIGKILL)
+        os.kill(tracker._pid, signal.SIGKILL)
         for each in pool.workers:
             kill(each)
 
