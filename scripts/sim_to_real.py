@@ -35,6 +35,7 @@ from biscale_gym.control.simulate import StatedPlacement
 from biscale_gym.control.workload import Requests
 from biscale_gym.evaluation.faults import is_user_error, one_line
 from biscale_gym.live.demand import prepared
+from biscale_gym.live.errors import LiveError
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.profile_points import SweepSettings
 from biscale_gym.live.profiling import give_cores, run_sweep
@@ -242,6 +243,11 @@ def main(
     """
     console = Console(stderr=json_file == "-", width=120)
     settings = load_scenario(scenario, {"duration_s": duration_s})
+    live_settings = load_preset(LiveSettings, "live", workers)
+    if live_settings.device.kind != "emulated":
+        raise LiveError(
+            f"{workers}: joules are compared with an emulated card's; these workers' would be measured ones"
+        )
     points = load_preset(SweepSettings, "profiling", sweep)
     trace, context = prepared(settings, None, seed)
     names = [name.strip() for name in controllers.split(",")]
@@ -251,7 +257,7 @@ def main(
         path.unlink(missing_ok=True)
     lives: dict[str, tuple[Outcome, list[float], Profile]] = {}
 
-    with Pool(settings, load_preset(LiveSettings, "live", workers), out) as pool:
+    with Pool(settings, live_settings, out) as pool:
         give_cores(pool)
         clocks_mhz = (min(settings.clocks_mhz), settings.top_clock_mhz)
 

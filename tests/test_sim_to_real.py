@@ -12,6 +12,7 @@ import pytest
 
 from biscale_gym.calibration.calibrate import Calibration
 from biscale_gym.live.demand import prepared
+from biscale_gym.live.errors import LiveError
 from biscale_gym.live.records import DTYPE, RecordStream
 
 
@@ -83,3 +84,9 @@ def test_iterations_are_held_against_the_profile(script: ModuleType, scenario: A
         assert found[phase]["bias_percent"] == pytest.approx(100 * (1 / 1.1 - 1), abs=0.01)
         assert found[phase]["median_percent"] == pytest.approx(100 * (1 / 1.1 - 1), abs=0.01)
     assert len(np.unique(script.records_of(tmp_path, "decode")["end_s"])) == 20
+
+
+def test_measured_joules_are_not_compared_with_modelled_ones(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(LiveError, match=r"h100: joules are compared with an emulated card's"):
+        script.main(workers="h100", out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()

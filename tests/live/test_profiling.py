@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from biscale_gym import cli
 from biscale_gym.calibration.calibrate import calibrate
 from biscale_gym.cluster.settings import ClusterSettings
 from biscale_gym.config import load_preset, preset_names
@@ -215,6 +216,27 @@ def test_a_file_without_rows_begins_anew(tmp_path: Path) -> None:
     ProfileFile(path, {"identity": {"device": "another"}})
     ProfileFile(path, PROVENANCE).add([row("decode 1x64", 3.0)])
     assert read_profiled(path).provenance == PROVENANCE
+
+
+def test_the_command_says_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def measured(*arguments: Any) -> profiling.Summary:
+        asked.extend(arguments)
+        return profiling.Summary(12, 30, 1.25, 3.5, True, "observe-only", (1410,))
+
+    monkeypatch.setattr(profiling, "profile", measured)
+    path = tmp_path / "p.csv"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["profile", str(path), "--workers", "h100", "--sweep", "h100", "--clocks", "930", "1980"])
+    assert not ended.value.code
+    assert asked == ["live-smoke", "h100", "h100", (930, 1980), path, 0]
+    assert capsys.readouterr().out == (
+        f"{path}: 12 points, 30 rows; half width of the 95 % intervals: median 1.2 %, widest 3.5 %; "
+        "clocks observe-only, 1410 MHz; power measured\n"
+    )
 
 
 # -- live --------------------------------------------------------------------------------------------------------------
