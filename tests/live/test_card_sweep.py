@@ -45,7 +45,7 @@ SWEEP = SweepSettings(
     warmup_iterations=2,
     iterations=4,
     warmup_s=0.05,
-    window_s=0.2,
+    window_s=0.4,
     least_repeats=2,
     most_repeats=2,
     precision_percent=5.0,
@@ -98,7 +98,7 @@ def test_a_sweep_sets_clocks_and_reads_latency_and_joules(pool: Pool, four_cards
     for number, label in enumerate(found.points.tolist()):
         work = Work(*(float(column[number]) for column in (data.batch, data.kv_tokens, data.prefill_tokens)))
         mhz = int(data.clock_mhz[number])
-        assert data.power_w_per_gpu[number] == pytest.approx(toy.watts(work, mhz), rel=0.25), label
+        assert data.power_w_per_gpu[number] == pytest.approx(toy.watts(work, mhz), rel=0.3), label
         if not work.empty:
             assert data.latency_ms[number] > 1e3 * toy.seconds(work, mhz)
             assert found.host_ms[number] < data.latency_ms[number]
@@ -136,7 +136,7 @@ def test_where_no_clock_may_be_set_the_cards_own_is_measured_at(
     point = next(point for point in measuring.points((1410,)) if point.label == "decode 4x64")
     (row,) = measuring.repeat(point)
     assert row["clock_mhz"] == 1410
-    assert row["power_w_per_gpu"] == pytest.approx(100.0 + 141.0, rel=0.25)
+    assert row["power_w_per_gpu"] == pytest.approx(100.0 + 141.0, rel=0.3)
     told = measuring.provenance((1410,))
     assert told["identity"]["clocks"] == "observe-only at 1410 MHz"
     assert told["clocks"].startswith("observed only, none was set: the column holds the 1410 MHz")
@@ -172,7 +172,7 @@ def test_a_repeat_that_another_process_disturbs_is_measured_again(
     disturbances = 1
     (row,) = measuring.repeat(point)
     assert disturbed == ["decode-0"]
-    assert row["power_w_per_gpu"] == pytest.approx(100.0 + 93.0, rel=0.25)
+    assert row["power_w_per_gpu"] == pytest.approx(100.0 + 93.0, rel=0.3)
     disturbances = 99
     with pytest.raises(LiveError, match=r"decode-0 cannot measure 'decode 4x64 TP2 @930': .*clock"):
         measuring.repeat(point)

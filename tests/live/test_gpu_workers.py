@@ -232,7 +232,10 @@ def test_a_sweep_of_cards_is_profiled_and_calibrated(
     assert (told.points, told.power, told.mode) == (2 * (4 + 4 + 1), True, "control")
     found = read_profiled(path)
     data = found.iterations
-    np.testing.assert_allclose(data.power_w_per_gpu, 60.0 + 0.1 * data.clock_mhz, rtol=0.25)
+    np.testing.assert_allclose(data.power_w_per_gpu, 60.0 + 0.1 * data.clock_mhz, rtol=0.5)  # a window is short
+    for clock in clocks:
+        watts = np.median(data.power_w_per_gpu[data.clock_mhz == clock])
+        assert watts == pytest.approx(60.0 + 0.1 * clock, rel=0.15)
     for label, batch, prompts, length in (("decode 4x512", 4, 0, 0), ("prefill 2x512", 0, 2, 512)):
         rows = data.rows(found.points == label)
         assert set(rows.clock_mhz) == set(clocks)
@@ -248,7 +251,7 @@ def test_a_sweep_of_cards_is_profiled_and_calibrated(
     low_w, top_w = (float(profile.power_w(2, clock, 4, 2100)) for clock in clocks)
     assert top_w == pytest.approx(258.0, rel=0.3)
     assert low_w < 0.8 * top_w
-    assert profile.idle_power_w(2, TOP_MHZ) == pytest.approx(258.0, rel=0.25)
+    assert profile.idle_power_w(2, TOP_MHZ) == pytest.approx(258.0, rel=0.3)
 
 
 def test_without_permission_a_sweep_measures_at_the_cards_own_clock(

