@@ -40,6 +40,8 @@ COUNTER_LIMIT_S = 2.0
 """Energy counters step far more often."""
 METER_PAUSE_S = 0.01
 LEAST_ITERATIONS = 2
+ITERATION_S = 0.01
+"""Decode sequences must have room for a window of iterations this long; a faster engine's window may end early."""
 
 
 class _Unfit(Exception):
@@ -146,8 +148,11 @@ class CardSweep(Sweep):
             capacity = worker.kv_capacity_tokens - worker.block_tokens
             limits = (self._budget, self._pool.settings.max_model_len, capacity, worker.block_tokens)
             every = points_of(self._sweep, clocks_mhz, dict.fromkeys(PHASES, tp), *limits)
-            most = worker.setup.max_sequences
-            found += [point for point in every if point.phase == phase and point.count <= most]
+            least = (self._sweep.warmup_s + self._sweep.window_s) / ITERATION_S
+            for point in every:
+                fits = point.phase == phase and point.count <= worker.setup.max_sequences
+                if fits and (phase == "prefill" or self._outputs(worker, point) >= least):
+                    found.append(point)
         degrees = sorted({tp for tp, _ in self._workers})
         return found + [Point("idle", 0, 0, clock, tp) for tp in degrees for clock in clocks_mhz]
 

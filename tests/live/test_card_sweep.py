@@ -195,6 +195,16 @@ def test_batches_of_another_kind_do_not_count(pool: Pool, tmp_path: Path, monkey
         measuring.repeat(Point("prefill", 2, 128, TOP_MHZ, 2))
 
 
+def test_points_leave_room_for_their_window(pool: Pool, tmp_path: Path) -> None:
+    def decode(measuring: CardSweep) -> set[tuple[int, int]]:
+        return {(each.count, each.tokens) for each in measuring.points((TOP_MHZ,)) if each.phase == "decode"}
+
+    asked = {"decode_batches": (1, 31, 64, 65), "decode_contexts": (64, 1000, 1900)}
+    # 65 are more sequences than a worker takes; 31 of 1,000 tokens have 24 left in its 255 blocks.
+    assert decode(sweep_of(pool, tmp_path, **asked)) == {(1, 64), (1, 1000), (1, 1900), (31, 64), (64, 64)}
+    assert decode(sweep_of(pool, tmp_path, window_s=2.0, **asked)) == {(1, 64), (1, 1000), (31, 64), (64, 64)}
+
+
 def test_sequences_that_are_about_to_end_end_their_window(pool: Pool, tmp_path: Path) -> None:
     measuring = sweep_of(pool, tmp_path, window_s=60.0)
     (row,) = measuring.repeat(Point("decode", 4, 1900, TOP_MHZ, 2))
