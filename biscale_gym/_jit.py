@@ -48,6 +48,11 @@ inlined: Callable[[FunctionT], FunctionT] = _njit(cache=True, _nrt=False, error_
 """The same, inlined into the caller: for the parts that run in every iteration."""
 
 
+INDEX = (1 << 32) - 1
+"""``x & INDEX`` is ``x`` for every index there is, and the compiler sees that it is not negative: numba asks that at
+each use of an index otherwise, to count negative ones from the end."""
+
+
 def compiled_as(signature: Any) -> Callable[[FunctionT], FunctionT]:
     """As ``compiled``, for one signature: a first-class function."""
     decorator: Callable[[FunctionT], FunctionT] = _njit(signature, cache=True, _nrt=False, error_model="numpy")

@@ -61,15 +61,16 @@ def node_event(st: State, n: int) -> None:
     inst.in_service = -1
     if not gone:
         set_power(st, i, inst.power_w, inst.status == LOADING)
-    node.serving = -1
-    set_event(st, n, np.inf)
-    if node.queue_head >= 0:
-        following = node.queue_head
-        node.queue_head = st.inst[following].node_next
-        if node.queue_head < 0:
-            node.queue_tail = -1
-        st.inst[following].node_next = -1
-        _serve(st, n, following)
+    following = node.queue_head
+    if following < 0:
+        node.serving = -1
+        set_event(st, n, np.inf)
+        return
+    node.queue_head = st.inst[following].node_next
+    if node.queue_head < 0:
+        node.queue_tail = -1
+    st.inst[following].node_next = -1
+    _serve(st, n, following)
 
 
 @compiled
@@ -100,6 +101,12 @@ def cancel_clock_job(st: State, i: int) -> None:
 
 
 @compiled
+def _switch_at_once(st: State, i: int, clock: int) -> None:
+    accrue(st, i)
+    _take_effect(st, i, clock)
+
+
+@inlined
 def ask_clock(st: State, i: int, clock: int) -> None:
     """Ask for a clock; the node's driver brings it about."""
     g = st.glob[0]
@@ -111,8 +118,7 @@ def ask_clock(st: State, i: int, clock: int) -> None:
     g.digest = np.uint64(splitmix64(np.uint64(g.digest ^ asked))[1])
     log_event(st, EV_ASK, i, clock)
     if g.switch_median_s == 0.0 and g.settle_s == 0.0:
-        accrue(st, i)
-        _take_effect(st, i, clock)
+        _switch_at_once(st, i, clock)
         return
     coming = inst.in_service if inst.in_service >= 0 else inst.clock
     if inst.queued:

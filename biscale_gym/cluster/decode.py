@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from biscale_gym._jit import compiled, inlined
-from biscale_gym.cluster.prefetch import prefetch_request
+from biscale_gym._jit import INDEX, compiled, inlined
+from biscale_gym.cluster.prefetch import prefetch, prefetch_request
 from biscale_gym.cluster.primitives import delivery_entity, log_event, mark_dirty, set_event
 from biscale_gym.cluster.routing import route
 from biscale_gym.cluster.state import (
@@ -21,6 +21,7 @@ from biscale_gym.cluster.state import (
     EV_JOIN,
     EV_PREEMPT,
     EV_REJECT,
+    FINISH_SLOTS,
     FINISHED,
     IN_TRANSFER,
     RECOMPUTING,
@@ -29,8 +30,9 @@ from biscale_gym.cluster.state import (
     State,
 )
 
-_LOW_HALF = (1 << 32) - 1
-"""Of a heap's key: its request. Of an index: all of it, and numba no longer asks at each use whether it is negative."""
+_SLOTS = FINISH_SLOTS - 1
+"""``x & _SLOTS``: the slot of iteration x."""
+_SLOT_BYTES = 4
 
 
 @compiled
@@ -136,7 +138,7 @@ def note_slack(st: State, i: int, r: int, n: int) -> None:
     saved_s[position] = value_s
 
 
-_COUNTED = 128
+_NEAR = 128
 
 
 @compiled
@@ -146,20 +148,70 @@ def _forget_slack(st: State, i: int, r: int) -> None:
     saved_s = st.slack_s[i]
     value_s = _saved_s(st.glob[0], st.req[r])
     first, span = np.int64(0), n
-    while span > _COUNTED:
+    while span > _NEAR:
         # Added, not branched on: which half it is in cannot be predicted.
         half = span >> 1
-        first += half * np.int64(saved_s[(first + half - 1) & _LOW_HALF] > value_s)
+        first += half * np.int64(saved_s[(first + half - 1) & INDEX] > value_s)
         span -= half
-    # Of so few all are compared at once, where halving on would wait for one after another.
-    near_s = saved_s[first : first + span]
-    greater = np.int64(0)
-    for position in range(span):
-        greater += np.int64(near_s[position] > value_s)
-    first += greater
+    # From there on all are compared, several at once: each stays where it is greater, or makes place for the next.
     rest_s = saved_s[first:n]
     for position in range(n - 1 - first):
-        rest_s[position] = rest_s[position + 1]
+        this_s, next_s = rest_s[position], rest_s[position + 1]
+        rest_s[position] = this_s if this_s > value_s else next_s
+
+
+@inlined
+def _last_iteration(st: State, r: int) -> int:
+    """Number of the iteration of its instance in which a running request gets its last token."""
+    req = st.req[r]
+    return np.int64(req.join_iteration) + req.output - req.generated + st.glob[0].extra_decode_iteration
+
+
+@inlined
+def _finishes_before(st: State, a: int, b: int) -> bool:
+    """Whether request a is finished before b; within an iteration they are in the order of their numbers."""
+    last_a, last_b = _last_iteration(st, a), _last_iteration(st, b)
+    return last_a < last_b or (last_a == last_b and a < b)
+
+
+@inlined
+def _await_finish(st: State, i: int, r: int) -> None:
+    """Put a running request into the list of its last iteration's slot, which is in the order of finishing."""
+    heads = st.finishing[i]
+    slot = _last_iteration(st, r) & _SLOTS
+    before = -1
+    at = np.int64(heads[slot])
+    while at >= 0 and _finishes_before(st, at, r):
+        before = at
+        at = np.int64(st.req[at].finish_next)
+    st.req[r].finish_next = at
+    if before < 0:
+        heads[slot] = r
+    else:
+        st.req[before].finish_next = r
+
+
+@inlined
+def _coming_slot(st: State, i: int, r: int) -> int:
+    """The slot that request r will be in, if it joins after the running iteration."""
+    inst = st.inst[i]
+    req = st.req[r]
+    last = inst.iterations + inst.running + req.output - req.generated + st.glob[0].extra_decode_iteration
+    return last & _SLOTS
+
+
+@inlined
+def _forget_finish(st: State, i: int, r: int) -> None:
+    """Take a running request out of that list."""
+    heads = st.finishing[i]
+    slot = _last_iteration(st, r) & _SLOTS
+    if heads[slot] == r:
+        heads[slot] = st.req[r].finish_next
+        return
+    at = np.int64(heads[slot])
+    while st.req[at].finish_next != r:
+        at = np.int64(st.req[at].finish_next)
+    st.req[at].finish_next = st.req[r].finish_next
 
 
 @inlined
@@ -174,59 +226,12 @@ def _join(st: State, i: int, r: int) -> None:
     if inst.run_tail >= 0:
         st.req[inst.run_tail].next = r
     inst.run_tail = r
-    key = ((inst.iterations + req.output - req.generated + g.extra_decode_iteration) << 32) | r
-    heap = st.run_heap[i]
-    position = inst.run_n
-    while position > 0:
-        parent = (position - 1) >> 1
-        if heap[parent] <= key:
-            break
-        heap[position] = heap[parent]
-        position = parent
-    heap[position] = key
-    inst.run_first = heap[0]
+    _await_finish(st, i, r)
     if g.observe_slack:
         note_slack(st, i, r, inst.run_n)
     inst.run_n += 1
     inst.run_kv += _kv_present(req)
     log_event(st, EV_JOIN, i, r)
-
-
-@inlined
-def _heap_replace(heap: Any, n: int, position: int, key: int) -> None:
-    """Put ``key`` at ``position`` of a heap of n keys and let it sink: to the bottom, where most end, and up again."""
-    top = position
-    child = (2 * position + 1) & _LOW_HALF
-    while child + 1 < n:
-        # Added, not branched on: which child is the lesser cannot be predicted.
-        child += np.int64(heap[child + 1] < heap[child])
-        heap[position] = heap[child]
-        position = child
-        child = (2 * position + 1) & _LOW_HALF
-    if child < n:
-        heap[position] = heap[child]
-        position = child
-    while position > top:
-        parent = (position - 1) >> 1
-        if heap[parent] <= key:
-            break
-        heap[position] = heap[parent]
-        position = parent
-    heap[position] = key
-
-
-@compiled
-def _heap_remove(heap: Any, n: int, r: int) -> None:
-    for position in range(n):
-        if heap[position] & _LOW_HALF == r:
-            last = heap[n - 1]
-            if position < n - 1:
-                _heap_replace(heap, n - 1, position, last)
-                while position > 0 and heap[position] < heap[(position - 1) >> 1]:
-                    parent = (position - 1) >> 1
-                    heap[position], heap[parent] = heap[parent], heap[position]
-                    position = parent
-            return
 
 
 @inlined
@@ -255,9 +260,8 @@ def _preempt_last(st: State, i: int) -> None:
         inst.recompute_sum_sq -= np.float64(_kv_present(req)) ** 2
     if st.glob[0].observe_slack:
         _forget_slack(st, i, r)
+    _forget_finish(st, i, r)
     req.generated += inst.iterations - req.join_iteration
-    _heap_remove(st.run_heap[i], inst.run_n, r)
-    inst.run_first = st.run_heap[i, 0]
     _unlink(st, i, r)
     inst.run_n -= 1
     inst.run_kv -= _kv_present(req)
@@ -323,6 +327,8 @@ def _claim(st: State, i: int) -> None:
             _join(st, i, r)
             continue
         req.status = IN_TRANSFER
+        # In two steps, here and at its delivery, what its joining looks up is made ready.
+        prefetch(st.finishing, (i * FINISH_SLOTS + _coming_slot(st, i, r)) * _SLOT_BYTES)
         if inst.transit_tail < 0:
             inst.transit_head = r
             set_event(st, delivery_entity(st, i), req.delivered_s)
@@ -347,6 +353,7 @@ def deliver(st: State, i: int) -> None:
     else:
         set_event(st, delivery_entity(st, i), st.req[inst.transit_head].delivered_s)
     log_event(st, EV_DELIVER, i, r)
+    prefetch_request(st, st.finishing[i, _coming_slot(st, i, r)])
     if not inst.running:
         mark_dirty(st, i)
     _release_prefill(st, r)
@@ -379,8 +386,8 @@ def form_decode_batch(st: State, i: int) -> bool:
             _preempt_last(st, i)
     if inst.run_n == 0:
         return False
-    # The next to finish joined seconds ago; mostly at this iteration's end its record is read again.
-    prefetch_request(st, inst.run_first & _LOW_HALF)
+    # Who finishes soon joined seconds ago.
+    prefetch_request(st, st.finishing[i, (inst.iterations + 3) & _SLOTS])
     inst.iter_batch = inst.run_n - inst.recompute_n
     inst.iter_kv = inst.run_kv - inst.recompute_tokens
     inst.iter_tokens = inst.recompute_tokens
@@ -408,13 +415,16 @@ def end_decode(st: State, i: int) -> None:
             r = st.req[r].prev
         inst.recompute_tokens = 0
         inst.recompute_sum_sq = 0.0
-    heap = st.run_heap[i]
-    while inst.run_n > 0 and inst.run_first >> 32 <= inst.iterations:
-        r = inst.run_first & _LOW_HALF
+    heads = st.finishing[i]
+    slot = inst.iterations & _SLOTS
+    while heads[slot] >= 0:
+        r = np.int64(heads[slot]) & INDEX
+        if _last_iteration(st, r) != inst.iterations:
+            break
+        heads[slot] = st.req[r].finish_next
+        prefetch_request(st, st.req[r].finish_next)
         if g.observe_slack:
             _forget_slack(st, i, r)
-        _heap_replace(heap, inst.run_n - 1, 0, heap[inst.run_n - 1])
-        inst.run_first = heap[0]
         _unlink(st, i, r)
         inst.run_n -= 1
         req = st.req[r]

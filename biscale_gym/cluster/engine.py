@@ -1,4 +1,4 @@
-"""The compiled event loop: ``advance`` runs a state until a time, the end, or a decision that the caller must take."""
+"""The compiled event loop: ``advance_at`` runs a state until a time, the end, or a decision that is the caller's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from biscale_gym._jit import compiled, compiled_as, inlined
+from biscale_gym._jit import INDEX, compiled, compiled_as, inlined
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.clocks import ask_clock, cancel_clock_job, node_event
 from biscale_gym.cluster.decode import (
@@ -18,10 +18,9 @@ from biscale_gym.cluster.decode import (
     return_waiting,
     route_pending_decode,
 )
-from biscale_gym.cluster.handle import HANDLE_TYPE, STATE_TYPE, decode_policy_at, prefill_policy_at, state_at
+from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
 from biscale_gym.cluster.iteration import begin_iteration, end_iteration, go_idle
 from biscale_gym.cluster.observe import observe
-from biscale_gym.cluster.policy import POLICY_TYPE
 from biscale_gym.cluster.prefill import (
     arrive,
     end_prefill,
@@ -54,7 +53,7 @@ from biscale_gym.cluster.state import (
 )
 from biscale_gym.profiles.kernels import idle_power_w
 
-# What ``advance`` returns.
+# What ``advance_at`` returns.
 ENDED = 0
 """Nothing is left to happen."""
 REACHED = 1
@@ -165,8 +164,10 @@ def return_requests(st: State, i: int) -> None:
 def note_slacks(st: State) -> None:
     """Begin the lists of the running requests' slacks: somebody wants to see them from now on."""
     for i in range(st.glob[0].instances):
-        for position in range(st.inst[i].run_n):
-            note_slack(st, i, st.run_heap[i, position] & 0xFFFFFFFF, position)
+        r = st.inst[i].run_tail
+        for noted in range(st.inst[i].run_n):
+            note_slack(st, i, r, noted)
+            r = st.req[r].prev
 
 
 @compiled
@@ -278,7 +279,7 @@ def _next_arrival_s(st: State) -> float:
 @inlined
 def _next_to_wake(st: State) -> int:
     g = st.glob[0]
-    i = np.int64(st.dirty[g.dirty_next])
+    i = np.int64(st.dirty[g.dirty_next & INDEX]) & INDEX
     g.dirty_next = g.dirty_next + 1 if g.dirty_next + 1 < g.capacity else 0
     g.dirty_n -= 1
     st.inst[i].dirty = 0
@@ -302,12 +303,15 @@ def _answer(st: State, clock: int) -> bool:
     return True
 
 
-@compiled_as(types.int64(STATE_TYPE, POLICY_TYPE, POLICY_TYPE, types.float64, types.int64))
-def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, answer: int) -> int:
-    """Run events before ``until_s``, in order.
+@compiled_as(types.int64(HANDLE_TYPE, types.float64, types.int64))
+def advance_at(handle: Any, until_s: float, answer: int) -> int:
+    """Run the events before ``until_s``, in order, of the simulator that a handle describes (handle.py).
 
     ``answer`` is the clock for the pending decision, or NO_ANSWER. Returns ENDED, REACHED, DECISION or BAD_ANSWER.
     """
+    # A state as an argument would be some 140 words to copy at every call.
+    st = state_at(handle)
+    prefill_policy, decode_policy = prefill_policy_at(handle), decode_policy_at(handle)
     g = st.glob[0]
     tree_s, tree_entity = st.tree_s, st.tree_entity
     if g.pending_instance >= 0:
@@ -325,7 +329,7 @@ def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, 
         elif event_s <= arrival_s:
             if event_s >= until_s:
                 break
-            entity = np.int64(tree_entity[1])
+            entity = np.int64(tree_entity[1]) & INDEX
             g.now_s = event_s
             i = entity - g.nodes - g.capacity
             if i >= 0:
@@ -381,12 +385,6 @@ def advance(st: State, prefill_policy: Any, decode_policy: Any, until_s: float, 
             return ENDED
         return REACHED
     return ENDED
-
-
-@compiled_as(types.int64(HANDLE_TYPE, types.float64, types.int64))
-def advance_at(handle: Any, until_s: float, answer: int) -> int:
-    """``advance`` the simulator that a handle describes (biscale_gym.cluster.handle)."""
-    return int(advance(state_at(handle), prefill_policy_at(handle), decode_policy_at(handle), until_s, answer))
 
 
 @compiled_as(types.int64(HANDLE_TYPE))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.types import Array
@@ -45,6 +46,7 @@ prefetch: Any = intrinsic(_prefetch)
 
 @inlined
 def prefetch_request(st: State, r: int) -> None:
-    """The record of request r, which may lie across two lines."""
-    prefetch(st.req, r * _REQUEST_BYTES)
-    prefetch(st.req, r * _REQUEST_BYTES + _REQUEST_BYTES - 1)
+    """The record of request r, which may lie across two lines; of none (-1), the first's, which is soon at hand."""
+    at = max(np.int64(r), 0) * _REQUEST_BYTES
+    prefetch(st.req, at)
+    prefetch(st.req, at + _REQUEST_BYTES - 1)

@@ -6,9 +6,11 @@ import numpy as np
 
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster.decode import hand_to_decode, reject
+from biscale_gym.cluster.prefetch import prefetch
 from biscale_gym.cluster.primitives import log_event, mark_dirty
 from biscale_gym.cluster.routing import route
 from biscale_gym.cluster.state import (
+    ARRIVAL,
     EV_ARRIVE,
     EV_FINISH,
     EV_PREFILL_END,
@@ -21,6 +23,10 @@ from biscale_gym.cluster.state import (
     QUEUED,
     State,
 )
+
+_ARRIVAL_BYTES = ARRIVAL.itemsize
+_AHEAD = 8
+"""Whose turn it is after so many others: two lines on."""
 
 
 @compiled
@@ -78,6 +84,7 @@ def _note_request(st: State, r: int) -> None:
     one.next = one.prev = -1
     one.generated = one.done = one.join_iteration = 0
     one.prefill_instance = one.decode_instance = -1
+    one.finish_next = -1
     one.preemptions = 0
     one.status = EXPECTED
 
@@ -86,6 +93,7 @@ def _note_request(st: State, r: int) -> None:
 def arrive(st: State, r: int) -> None:
     """Request r enters the cluster."""
     g = st.glob[0]
+    prefetch(st.arrivals, (r + _AHEAD) * _ARRIVAL_BYTES)
     _note_request(st, r)
     req = st.req[r]
     g.arrived += 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from biscale_gym._jit import compiled, inlined
+from biscale_gym._jit import INDEX, compiled, inlined
 from biscale_gym.cluster.primitives import uniform
 from biscale_gym.cluster.state import (
     ACTIVE,
@@ -21,7 +21,7 @@ from biscale_gym.cluster.state import (
 
 @inlined
 def _before(st: State, a: int, b: int) -> bool:
-    pass_a, pass_b = st.inst[a].route_pass, st.inst[b].route_pass
+    pass_a, pass_b = st.inst[a & INDEX].route_pass, st.inst[b & INDEX].route_pass
     return pass_a < pass_b or (pass_a == pass_b and a < b)
 
 
@@ -116,7 +116,7 @@ def _weighted_round_robin(st: State, phase: int, tokens: int) -> int:
                 best = position
     if best < 0:
         return -1
-    chosen = heap[best]
+    chosen = heap[best] & INDEX
     st.inst[chosen].route_pass += 1.0 / st.inst[chosen].weight
     _sift_down(st, heap, n, best)
     return chosen

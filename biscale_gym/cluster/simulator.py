@@ -314,7 +314,7 @@ class Simulator:
         """Twice the room for lanes; every running timer is carried over."""
         old = self.state
         nodes, held = len(old.node), len(old.inst)
-        new = empty_state(0, nodes, 2 * held, old.run_heap.shape[1])
+        new = empty_state(0, nodes, 2 * held, old.slack_s.shape[1])
         old_leaves, new_leaves = len(old.tree_s) // 2, len(new.tree_s) // 2
         old_times = old.tree_s[old_leaves:]
         leaves = new.tree_s[new_leaves:]
@@ -324,7 +324,7 @@ class Simulator:
             left = 2 * position
             winner = left if new.tree_s[left] <= new.tree_s[left + 1] else left + 1
             new.tree_s[position], new.tree_entity[position] = new.tree_s[winner], new.tree_entity[winner]
-        for name in ("inst", "run_heap", "slack_s"):
+        for name in ("inst", "finishing", "slack_s"):
             getattr(new, name)[:held] = getattr(old, name)
         new.route_heap[:, :held] = old.route_heap
         memory = np.zeros((2 * held, old.memory.shape[1]))
@@ -338,7 +338,7 @@ class Simulator:
             inst=new.inst,
             tree_s=new.tree_s,
             tree_entity=new.tree_entity,
-            run_heap=new.run_heap,
+            finishing=new.finishing,
             slack_s=new.slack_s,
             route_heap=new.route_heap,
             dirty=new.dirty,

@@ -239,7 +239,6 @@ INSTANCE = np.dtype(
         # running decode batch
         ("run_tail", _i),
         ("run_n", _i),
-        ("run_first", _i),  # least key of the heap, at hand in every iteration
         ("run_kv", _i),
         ("recompute_n", _i),
         ("recompute_tokens", _i),
@@ -292,6 +291,9 @@ NODE = np.dtype(
     align=True,
 )
 
+FINISH_SLOTS = 512
+"""A request is in the slot of its last iteration's number modulo this; more than most have iterations to go."""
+
 _s = np.int32
 REQUEST = np.dtype(
     [
@@ -306,11 +308,12 @@ REQUEST = np.dtype(
         ("prev", _s),
         ("generated", _s),
         ("done", _s),
-        ("join_iteration", _i),
+        ("join_iteration", _s),
         ("prefill_instance", _s),
         ("decode_instance", _s),
         ("preemptions", _s),
         ("status", _s),
+        ("finish_next", _s),
     ],
     align=True,
 )
@@ -330,7 +333,7 @@ class State(NamedTuple):
     req: npt.NDArray[Any]  # REQUEST[R] written at arrival, meaningless until then
     tree_s: npt.NDArray[np.float64]  # [2 L] least event time below each node of the tournament tree
     tree_entity: npt.NDArray[np.int32]  # [2 L] the entity it belongs to
-    run_heap: npt.NDArray[np.int64]  # [I, max sequences] heap of (finish iteration << 32 | request)
+    finishing: npt.NDArray[np.int32]  # [I, FINISH_SLOTS] running requests by their last iteration: heads of lists
     route_heap: npt.NDArray[np.int32]  # [2, I] heap of instances by pass, per phase
     dirty: npt.NDArray[np.int32]  # [I] ring of instances to wake, in order
     memory: npt.NDArray[np.float64]  # [I, MEMORY_SIZE or more] the policies' own
@@ -366,7 +369,7 @@ _SETTLED = (
     "dirty",
     "memory",
     "obs",
-    "run_heap",
+    "finishing",
     "slack_s",
 )
 """What every event touches; the most often touched first."""
@@ -443,7 +446,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         req=np.zeros(requests, REQUEST),
         tree_s=np.full(2 * leaves, np.inf),
         tree_entity=entities,
-        run_heap=np.zeros((capacity, max_sequences), np.int64),
+        finishing=np.full((capacity, FINISH_SLOTS), -1, np.int32),
         route_heap=np.zeros((2, capacity), np.int32),
         dirty=np.zeros(capacity, np.int32),
         memory=np.zeros((capacity, MEMORY_SIZE)),

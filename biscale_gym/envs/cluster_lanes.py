@@ -8,10 +8,10 @@ import numpy as np
 from numba import from_dtype, prange, types
 from numpy.typing import NDArray
 
-from biscale_gym._jit import compiled, compiled_as, inlined, parallel_as
+from biscale_gym._jit import INDEX, compiled, compiled_as, inlined, parallel_as
 from biscale_gym.cluster.clocks import ask_clock
-from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
-from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
+from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance_at
+from biscale_gym.cluster.handle import HANDLE_TYPE, state_at
 from biscale_gym.cluster.state import (
     ABSENT,
     ACTIVE,
@@ -236,12 +236,12 @@ def encode_cluster(st: State, lane: Any, params: Any, late: int, out: Row) -> No
     # Mostly all were last followed in the same instant.
     known = keeps(g.now_s - lane.memory[AT_S], NO_KEEPS)
     for k in range(lane.filled):
-        slot = lane.in_order[k]
-        i = lane.slots[slot]
+        slot = lane.in_order[k] & INDEX
+        i = lane.slots[slot] & INDEX
         at = slot * _PREFILL_SIZE
         if slot >= _PER_PHASE:
             at = _PER_PHASE * _PREFILL_SIZE + (slot - _PER_PHASE) * _DECODE_SIZE
-        known = _encode_slot(st, i, params, known, out, at)
+        known = _encode_slot(st, i, params, known, out, at & INDEX)
     memory = lane.memory
     follow(memory, g.now_s, g.arrived, g.finished, late, known)
     out[_TOTALS] = clipped(g.ttft_slo_s, 0.0, 8.0)
@@ -261,8 +261,8 @@ def _set_clocks(st: State, lane: Any, params: Any, actions: Any) -> None:
     """Ask for the actions' clocks, in the order of the instances."""
     grid = grid_of(params)[0]
     for k in range(lane.filled):
-        slot = lane.in_order[k]
-        i = lane.slots[slot]
+        slot = lane.in_order[k] & INDEX
+        i = lane.slots[slot] & INDEX
         if st.inst[i].status == ACTIVE:
             ask_clock(st, i, int(params[grid + actions[slot]]))
 
@@ -292,7 +292,7 @@ def _step(handle: Any, lane: Any, params: Any, actions: Any, obs: Any, terms: An
     _set_clocks(st, lane, params, actions)
     lane.steps += 1
     until_s = min(lane.start_s + lane.steps * lane.interval_s, lane.end_s)
-    advance(st, prefill_policy_at(handle), decode_policy_at(handle), until_s, NO_ANSWER)
+    advance_at(handle, until_s, NO_ANSWER)
     over = until_s >= lane.end_s
     _tell(st, lane, params, over, obs, terms)
     return REACHED if over else DECISION

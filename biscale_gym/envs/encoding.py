@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster import features as f
 from biscale_gym.envs import layout
+from biscale_gym.envs.logarithm import natural_log
 from biscale_gym.profiles.kernels import iteration_cost, iteration_latency, prefill_cost_with, prefill_terms
 
 Vector = NDArray[np.float64]
@@ -144,7 +145,7 @@ def late_share(memory: Vector) -> np.float32:
 @inlined
 def log_rate(rate_per_s: float) -> np.float32:
     """ln(1 + rate) / ln 101."""
-    return clipped(math.log(1.0 + rate_per_s) / _LN_101, 0.0, 2.0)
+    return clipped(natural_log(1.0 + rate_per_s) / _LN_101, 0.0, 2.0)
 
 
 @inlined
@@ -152,7 +153,7 @@ def log_requests(count: float) -> np.float32:
     """ln(1 + count) / ln 1025, of a whole number."""
     if count < _COUNTED:  # mostly: the logarithm is spared
         return np.float32(_LOG_REQUESTS[int(count)])
-    return clipped(math.log(1.0 + count) / _LN_1025, 0.0, 2.0)
+    return clipped(natural_log(1.0 + count) / _LN_1025, 0.0, 2.0)
 
 
 @inlined
@@ -160,7 +161,7 @@ def log_tokens(count: float) -> np.float32:
     """ln(1 + count) / ln 65537."""
     if count == 0.0:  # mostly: the logarithm is spared
         return np.float32(0.0)
-    return clipped(math.log(1.0 + count) / _LN_65537, 0.0, 2.0)
+    return clipped(natural_log(1.0 + count) / _LN_65537, 0.0, 2.0)
 
 
 @inlined

@@ -15,12 +15,21 @@ from numba import from_dtype, prange, types
 
 from biscale_gym._jit import compiled, compiled_as, inlined, parallel_as
 from biscale_gym.cluster import features as f
-from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance
-from biscale_gym.cluster.handle import HANDLE_TYPE, decode_policy_at, prefill_policy_at, state_at
+from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance_at
+from biscale_gym.cluster.handle import HANDLE_TYPE, state_at
 from biscale_gym.cluster.observe import observe
 from biscale_gym.cluster.policy import MEMORY_SIZE
 from biscale_gym.cluster.prefetch import LINE_BYTES, prefetch, prefetch_request
-from biscale_gym.cluster.state import ARRIVAL, FINISHED, INSTANCE, PREFILL, REJECTED, WAITING_DECODE, State
+from biscale_gym.cluster.state import (
+    ARRIVAL,
+    FINISH_SLOTS,
+    FINISHED,
+    INSTANCE,
+    PREFILL,
+    REJECTED,
+    WAITING_DECODE,
+    State,
+)
 from biscale_gym.envs.encoding import FIRST, encode_decode, encode_prefill, grid_of
 from biscale_gym.envs.shield import guarded, raised_decode, raised_prefill
 
@@ -161,11 +170,11 @@ def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any
         clock = _shielded(st, lane, params, int(params[grid + action]))
         if _at_boundary(st):
             keep = lane.decide_every - 1
-    reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
+    reached = advance_at(handle, lane.end_s, clock)
     while keep > 0 and reached == DECISION and _at_boundary(st):
         keep -= 1
         clock = _shielded(st, lane, params, clock)
-        reached = advance(st, prefill_policy_at(handle), decode_policy_at(handle), lane.end_s, clock)
+        reached = advance_at(handle, lane.end_s, clock)
     if reached == DECISION:
         i = st.glob[0].pending_instance
         _encode(st, i, params, obs)
@@ -180,13 +189,15 @@ def _step(handle: Any, lane: Any, params: Any, action: int, obs: Any, terms: Any
 _INSTANCE_BYTES, _ARRIVAL_BYTES = INSTANCE.itemsize, ARRIVAL.itemsize
 # Lines that nearly every step touches (state.py has what is touched most first).
 _HOT_GLOBAL, _HOT_INSTANCE = 6, 10
+# As many as a decode instance mostly has in a step.
+_ITERATIONS = 4
 
 
 @inlined
 def prefetch_lanes(handles: Any, n: int) -> None:
-    """While lane n is stepped, have what the next two will touch loaded: first their state, then what it refers to."""
-    if n + 2 < len(handles):
-        st = state_at(handles[n + 2])
+    """While lane n is stepped, have what the next three will touch loaded: their state, then what it refers to."""
+    if n + 3 < len(handles):
+        st = state_at(handles[n + 3])
         for line in range(_HOT_GLOBAL):
             prefetch(st.glob, line * LINE_BYTES)
         for i in range(len(st.inst)):
@@ -199,6 +210,10 @@ def prefetch_lanes(handles: Any, n: int) -> None:
         prefetch(st.tree_entity, 0)
         prefetch(st.node, 0)
         prefetch(st.dirty, 0)
+    if n + 2 < len(handles):
+        st = state_at(handles[n + 2])
+        for i in range(len(st.inst)):
+            prefetch(st.finishing, 4 * (i * FINISH_SLOTS + ((st.inst[i].iterations + 1) & (FINISH_SLOTS - 1))))
     if n + 1 < len(handles):
         st = state_at(handles[n + 1])
         prefetch_request(st, st.glob[0].next_arrival)
@@ -210,8 +225,9 @@ def prefetch_lanes(handles: Any, n: int) -> None:
                 prefetch_request(st, inst.batch_head)
                 prefetch_request(st, inst.queue_head)
                 continue
-            prefetch_request(st, inst.run_first & 0xFFFFFFFF)
-            prefetch(st.run_heap, i * row)
+            # Those that finish in the next iterations.
+            for ahead in range(_ITERATIONS):
+                prefetch_request(st, st.finishing[i, (inst.iterations + 1 + ahead) & (FINISH_SLOTS - 1)])
             for line in range((inst.run_n * 8) // LINE_BYTES + 1):
                 prefetch(st.slack_s, i * row + line * LINE_BYTES)
         if len(st.inst) == 1:

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from biscale_gym._jit import compiled, inlined
+from biscale_gym._jit import INDEX, compiled, inlined
 from biscale_gym.profiles import layout as at
 
 Vector = NDArray[np.float64]
@@ -212,7 +212,7 @@ def limited(
     b = (x + 1.0) * (x - 1.0) * (x - 2.0) / 2.0
     c = -(x + 1.0) * x * (x - 2.0) / 2.0
     d = (x + 1.0) * x * (x - 1.0) / 6.0
-    i = int(model[at.LIMIT_START]) + (below - 1) * at.LIMIT_ENTRY
+    i = (int(model[at.LIMIT_START]) + (below - 1) * at.LIMIT_ENTRY) & INDEX
     j, k, m = i + at.LIMIT_ENTRY, i + 2 * at.LIMIT_ENTRY, i + 3 * at.LIMIT_ENTRY
     ghz = a * model[i] + b * model[j] + c * model[k] + d * model[m]
     slope = at.LIMIT_W_PER_GHZ
@@ -234,7 +234,7 @@ def at_clock(
     tokens_p: float,
 ) -> tuple[float, float, float]:
     """Latency [s] of the parametric form at a clock of the list, with base power and work, board limit ignored."""
-    row = at.HEADER + clock * at.ROW
+    row = (at.HEADER + clock * at.ROW) & INDEX
     latency_s = (
         model[row + at.FIXED_S]
         + model[at.HOST_S_PER_SEQUENCE] * batch
@@ -254,7 +254,7 @@ def fill_parametric(model: Vector) -> None:
     clocks = int(model[at.CLOCKS])
     tokens_p = np.arange(int(model[at.MAX_BATCH]) + 1, dtype=np.float64) ** model[at.NORM]
     for clock in range(clocks):
-        row = at.HEADER + clock * at.ROW
+        row = (at.HEADER + clock * at.ROW) & INDEX
         ghz = model[row + at.GHZ]
         fixed_s, token_s, memory_p, compute_p, square_s, kv_token_s = clock_terms(model, ghz)
         base_w = base_and_work(model, ghz, 0.0, 0.0, 0.0, 0.0)[0]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_gym._jit import compiled, inlined
+from biscale_gym._jit import INDEX, compiled, inlined
 from biscale_gym.profiles import layout as at
 from biscale_gym.profiles.closed_form import at_clock, limited
 
@@ -34,7 +34,7 @@ def _decode_entry(model: Vector, clock: int, batch: float, kv_tokens: float) -> 
         segment = min(np.floor(kv_tokens / model[at.KV_STEP]), model[at.KV_SEGMENTS] - 1.0)
         slot += segment * (model[at.MAX_BATCH] + 1.0)
     # Float arithmetic with one conversion at the end: this is the engine's innermost address.
-    return int(model[at.DECODE] + slot * model[at.BATCH_STRIDE]) + clock * at.ENTRY
+    return (int(model[at.DECODE] + slot * model[at.BATCH_STRIDE]) + clock * at.ENTRY) & INDEX
 
 
 @inlined
@@ -94,7 +94,7 @@ def _sum_of_parts(
     model: Vector, clock: int, batch: float, kv_tokens: float, prefill_tokens: float, sum_len_sq: float
 ) -> tuple[float, float]:
     """Latency [s] and power [W] where the form knows no mixed iterations: prefill part, then decode part."""
-    row = at.HEADER + clock * at.ROW
+    row = (at.HEADER + clock * at.ROW) & INDEX
     latency_s, joules = 0.0, 0.0
     if prefill_tokens > 0.0 and model[at.KIND] == at.TABULATED:
         latency_s, joules = _prefill_from_grid(model, clock, prefill_tokens, sum_len_sq)
@@ -176,7 +176,7 @@ def decode_cost(model: Vector, clock: int, batch: float, kv_tokens: float) -> tu
     """Latency [s] and power per GPU [W] of a decode iteration of ``batch`` sequences holding ``kv_tokens`` in total."""
     if batch <= model[at.MAX_BATCH]:
         latency_s, work_j = _look_up(model, clock, batch, kv_tokens)
-        row = at.HEADER + clock * at.ROW
+        row = (at.HEADER + clock * at.ROW) & INDEX
         if work_j <= model[row + at.HEADROOM_W] * latency_s:
             return latency_s, model[row + at.BASE_W] + work_j / latency_s
     return _general(model, clock, batch, kv_tokens, 0.0, 0.0)
@@ -208,7 +208,7 @@ def iteration_cost(
     """
     if prefill_tokens <= 0.0 and batch <= model[at.MAX_BATCH]:
         latency_s, work_j = _look_up(model, clock, batch, kv_tokens)
-        row = at.HEADER + clock * at.ROW
+        row = (at.HEADER + clock * at.ROW) & INDEX
         if work_j <= model[row + at.HEADROOM_W] * latency_s:
             return latency_s, model[row + at.BASE_W] + work_j / latency_s
     return _general(model, clock, batch, kv_tokens, prefill_tokens, sum_len_sq)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from random_clusters import new_engine, random_case
 
-from biscale_gym.cluster import engine
-from biscale_gym.cluster.handle import SIZE, handle_of, policy_addresses
+from biscale_gym.cluster.handle import handle_of, policy_addresses, state_at
 from biscale_gym.cluster.policy import hold, policy
 from biscale_gym.cluster.simulator import PhasePolicy, PolicyError
 
@@ -24,14 +23,43 @@ def end_state(simulator):
     return [array.tobytes() for array in simulator.state]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_handle_and_the_arrays_themselves_give_the_same_run(seed):
-    case = random_case(seed)
-    by_handle, by_arrays = new_engine(case), new_engine(case)
-    assert len(by_handle.handle()) == SIZE
-    prefill, decode = by_arrays._prefill.function, by_arrays._decode.function
-    assert engine.advance(by_arrays.state, prefill, decode, np.inf, engine.NO_ANSWER) == engine.ENDED
-    assert end_state(by_handle) == [array.tobytes() for array in by_arrays.state]
+@numba.njit(_nrt=False)
+def some_of(handle):
+    """Of every kind of array of the state that a handle describes: where it begins, and how it goes on."""
+    st = state_at(handle)
+    return (
+        st.glob[0].now_s,
+        st.inst[1].kv_capacity,
+        len(st.node),
+        st.arrivals[-1].arrival_s,
+        st.req[2].prompt,
+        st.tree_s[-2],
+        st.tree_entity[1],
+        st.memory[1, 7],
+        st.slack_s[1, 2],
+        st.finishing[-1, 5],
+        st.log.shape[0],
+    )
+
+
+def test_a_handle_gives_the_arrays_themselves():
+    simulator = new_engine(random_case(3))
+    simulator.run(2.0)
+    st = simulator.state
+    st.memory[1, 7], st.slack_s[1, 2], st.finishing[-1, 5] = 1.5, 2.5, 3
+    assert some_of(simulator.handle()) == (
+        st.glob["now_s"][0],
+        st.inst["kv_capacity"][1],
+        len(st.node),
+        st.arrivals["arrival_s"][-1],
+        st.req["prompt"][2],
+        st.tree_s[-2],
+        st.tree_entity[1],
+        1.5,
+        2.5,
+        3,
+        len(st.log),
+    )
 
 
 def test_the_handle_follows_new_arrays_and_policies():
