@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+LINE_BYTES = 64
+"""Of a cache line."""
 _PAGE_BYTES = 2 << 20
 _LEAST_BYTES = 4 << 20
 """From this size on numpy asks Linux for pages of 2 MiB; what is not touched takes no memory."""

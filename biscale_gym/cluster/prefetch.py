@@ -18,7 +18,6 @@ from numba.np import arrayobj
 from biscale_gym._jit import inlined
 from biscale_gym.cluster.state import REQUEST, State
 
-LINE_BYTES = 64
 _REQUEST_BYTES = REQUEST.itemsize
 _make_array: Any = arrayobj.make_array
 
@@ -47,6 +46,6 @@ prefetch: Any = intrinsic(_prefetch)
 @inlined
 def prefetch_request(st: State, r: int) -> None:
     """The record of request r, which may lie across two lines; of none (-1), the first's, which is soon at hand."""
-    at = max(np.int64(r), 0) * _REQUEST_BYTES
+    at = np.int64(max(r, 0)) * _REQUEST_BYTES
     prefetch(st.req, at)
     prefetch(st.req, at + _REQUEST_BYTES - 1)

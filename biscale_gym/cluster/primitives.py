@@ -11,30 +11,32 @@ import math
 
 import numpy as np
 
-from biscale_gym._jit import compiled, inlined
+from biscale_gym._jit import INDEX, compiled, inlined
 from biscale_gym.cluster.state import BUSY, IDLE, LOADING_WEIGHTS, SWITCHING, State
+from biscale_gym.profiles.elementary import bits_of, of_bits
 
 
 @inlined
 def set_event(st: State, entity: int, time_s: float) -> None:
     """Set an entity's timer (inf: none) and replay its matches up the tree, until one that it neither won nor wins."""
     tree_s, tree_entity = st.tree_s, st.tree_entity
-    position = st.glob[0].leaves + entity
+    position = (st.glob[0].leaves + entity) & INDEX
     tree_s[position] = time_s
-    # The winner so far climbs along; a match needs only its opponent, the sibling.
-    winner_s, winner = time_s, entity
+    # The winner so far climbs along; a match needs only its opponent, the sibling. The bits of times are in the order
+    # of the times, as none is negative.
+    bits, winner = bits_of(time_s), entity
     while position > 1:
         opponent = position ^ 1
-        opponent_s = tree_s[opponent]
+        opponent_bits = bits_of(tree_s[opponent])
         # Equal times are won by the lower entity, which is on the left. Masked, not branched on: who wins cannot be
         # predicted.
-        lost = np.int64(opponent_s < winner_s) | (np.int64(opponent_s == winner_s) & position)
-        winner ^= (winner ^ np.int64(tree_entity[opponent])) & -lost
-        winner_s = min(opponent_s, winner_s)
+        lost = -np.int64(opponent_bits < bits + (position & 1))
+        winner ^= (winner ^ np.int64(tree_entity[opponent])) & lost
+        bits ^= (bits ^ opponent_bits) & lost
         position >>= 1
         if tree_entity[position] != entity and winner != entity:
             break
-        tree_s[position] = winner_s
+        tree_s[position] = of_bits(bits)
         tree_entity[position] = winner
 
 
@@ -42,7 +44,7 @@ def set_event(st: State, entity: int, time_s: float) -> None:
 def others_s(st: State, entity: int) -> float:
     """When the first of all other timers rings."""
     tree_s = st.tree_s
-    position = st.glob[0].leaves + entity
+    position = (st.glob[0].leaves + entity) & INDEX
     least_s = np.inf
     while position > 1:
         least_s = min(least_s, tree_s[position ^ 1])

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biscale_gym.cluster import features
-from biscale_gym.cluster.pages import on_large_pages
+from biscale_gym.cluster.pages import LINE_BYTES, on_large_pages
 from biscale_gym.cluster.policy import MEMORY_SIZE
 
 PREFILL = 0
@@ -358,7 +358,6 @@ def request_arrays(requests: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     return room[behind:].view(ARRIVAL), room[:behind].view(REQUEST)
 
 
-_LINE_BYTES = 64
 _SETTLED = (
     "glob",
     "inst",
@@ -377,7 +376,7 @@ _SETTLED = (
 
 def room_bytes(state: State) -> int:
     """How much room ``settled`` takes."""
-    return sum(-(-getattr(state, name).nbytes // _LINE_BYTES) * _LINE_BYTES for name in _SETTLED)
+    return sum(-(-getattr(state, name).nbytes // LINE_BYTES) * LINE_BYTES for name in _SETTLED)
 
 
 def settled(state: State, room: npt.NDArray[np.uint8]) -> State:
@@ -391,7 +390,7 @@ def settled(state: State, room: npt.NDArray[np.uint8]) -> State:
         array = getattr(state, name)
         moved[name] = room[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
         moved[name][...] = array
-        at += -(-array.nbytes // _LINE_BYTES) * _LINE_BYTES
+        at += -(-array.nbytes // LINE_BYTES) * LINE_BYTES
     return state._replace(**moved)
 
 

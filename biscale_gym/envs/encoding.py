@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from biscale_gym._jit import compiled, inlined
 from biscale_gym.cluster import features as f
 from biscale_gym.envs import layout
-from biscale_gym.envs.logarithm import natural_log
+from biscale_gym.profiles.elementary import natural_log
 from biscale_gym.profiles.kernels import iteration_cost, iteration_latency, prefill_cost_with, prefill_terms
 
 Vector = NDArray[np.float64]

@@ -18,8 +18,9 @@ from biscale_gym.cluster import features as f
 from biscale_gym.cluster.engine import BAD_ANSWER, DECISION, NO_ANSWER, REACHED, advance_at
 from biscale_gym.cluster.handle import HANDLE_TYPE, state_at
 from biscale_gym.cluster.observe import observe
+from biscale_gym.cluster.pages import LINE_BYTES
 from biscale_gym.cluster.policy import MEMORY_SIZE
-from biscale_gym.cluster.prefetch import LINE_BYTES, prefetch, prefetch_request
+from biscale_gym.cluster.prefetch import prefetch, prefetch_request
 from biscale_gym.cluster.state import (
     ARRIVAL,
     FINISH_SLOTS,

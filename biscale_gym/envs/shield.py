@@ -7,7 +7,7 @@ actions have to stay clearer than the policy's own.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +80,15 @@ def _decode_s(obs: Vector, model: Vector, clock: int) -> float:
 
 
 @inlined
-def _in_time(obs: Vector, model: Vector, clock: int, allowance_s: float) -> bool:
-    """Whether all projected batches, run at one clock, end ``allowance_s`` before any of their prompts' deadline."""
+def _decode_in_time(obs: Vector, model: Vector, clock: int, headroom: float) -> bool:
+    """Whether the next iteration is within the headroom."""
+    return bool(_decode_s(obs, model, clock) <= headroom * obs[f.SLO_S])
+
+
+@inlined
+def _prefill_in_time(obs: Vector, model: Vector, clock: int, headroom: float) -> bool:
+    """Whether all projected batches, run at one clock, end within the headroom of all their prompts."""
+    allowance_s = (1.0 - headroom) * obs[f.SLO_S]
     end_s = 0.0
     for j in range(int(obs[f.BATCHES])):
         entry = f.BATCH_FIRST + f.BATCH_STRIDE * j
@@ -96,28 +103,26 @@ def _in_time(obs: Vector, model: Vector, clock: int, allowance_s: float) -> bool
 
 
 @inlined
-def raised_decode(obs: Vector, params: Vector, model: Vector, clock: int) -> int:
-    """``clock``, or the first above it whose next iteration is within the headroom; the highest if none is."""
+def _raised(in_time: Any, obs: Vector, params: Vector, model: Vector, clock: int) -> int:
+    """``clock``, or the first above it that is in time; the highest if none is."""
     grid, n = grid_of(params)
     headroom = params[grid + n + HEADROOM]
     if headroom == 0.0 or int(obs[f.REASON]) == f.IDLE:
         return clock
     for position in range(n):
         one = int(params[grid + position])
-        if one >= clock and _decode_s(obs, model, one) <= headroom * obs[f.SLO_S]:
+        if one >= clock and in_time(obs, model, one, headroom):
             return one
     return int(params[grid + n - 1])
 
 
 @inlined
+def raised_decode(obs: Vector, params: Vector, model: Vector, clock: int) -> int:
+    """``clock``, or the first above it whose next iteration is within the headroom; the highest if none is."""
+    return _raised(_decode_in_time, obs, params, model, clock)
+
+
+@inlined
 def raised_prefill(obs: Vector, params: Vector, model: Vector, clock: int) -> int:
     """``clock``, or the first above it that keeps all projected batches in time; the highest if none does."""
-    grid, n = grid_of(params)
-    headroom = params[grid + n + HEADROOM]
-    if headroom == 0.0 or int(obs[f.REASON]) == f.IDLE:
-        return clock
-    for position in range(n):
-        one = int(params[grid + position])
-        if one >= clock and _in_time(obs, model, one, (1.0 - headroom) * obs[f.SLO_S]):
-            return one
-    return int(params[grid + n - 1])
+    return _raised(_prefill_in_time, obs, params, model, clock)
