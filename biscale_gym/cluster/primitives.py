@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from biscale_gym._jit import INDEX, compiled, inlined
 from biscale_gym.cluster.state import BUSY, IDLE, LOADING_WEIGHTS, SWITCHING, State
-from biscale_gym.profiles.elementary import bits_of, of_bits
+from biscale_gym.profiles.elementary import bits_of, cosine_of_turns, exponential, natural_log, of_bits
+
+Vector = npt.NDArray[np.float64]
 
 
 @inlined
@@ -129,26 +132,34 @@ def log_event(st: State, kind: int, instance: int, subject: int) -> None:
         g.log_n += 1
 
 
-@compiled
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+@inlined
 def splitmix64(x: np.uint64) -> tuple[np.uint64, np.uint64]:
     """One step of the SplitMix64 generator (Steele, Lea, Flood 2014): (next state, 64 random bits)."""
-    x = np.uint64(x + np.uint64(0x9E3779B97F4A7C15))
+    x = np.uint64(x + _STEP)
     z = x
     z = np.uint64((z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9))
     z = np.uint64((z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB))
     return x, np.uint64(z ^ (z >> np.uint64(31)))
 
 
-@compiled
+@inlined
 def uniform(x: np.uint64) -> tuple[np.uint64, float]:
     """(next state, a double in (0, 1])."""
     x, bits = splitmix64(x)
-    return x, (np.float64(bits >> np.uint64(11)) + 1.0) * (1.0 / 9007199254740992.0)
+    return x, (np.float64(np.int64(bits >> np.uint64(11))) + 1.0) * (1.0 / 9007199254740992.0)
 
 
 @compiled
-def lognormal(x: np.uint64, median: float, sigma: float) -> tuple[np.uint64, float]:
-    """(next state, a draw with this median and log-space deviation), by Box and Muller; two uniforms a draw."""
-    x, u = uniform(x)
-    x, v = uniform(x)
-    return x, median * math.exp(sigma * math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * v))
+def draw_lognormals(x: np.uint64, median: float, sigma: float, out: Vector) -> np.uint64:
+    """Fill ``out`` with draws of this median and log-space deviation and return the next state.
+
+    By Box and Muller, two uniforms a draw; the loop is one of vector instructions.
+    """
+    for k in range(len(out)):
+        before = np.uint64(x + np.uint64(2 * k) * _STEP)
+        size = math.sqrt(-2.0 * natural_log(uniform(before)[1]))
+        out[k] = median * exponential(sigma * size * cosine_of_turns(uniform(np.uint64(before + _STEP))[1]))
+    return np.uint64(x + np.uint64(2 * len(out)) * _STEP)

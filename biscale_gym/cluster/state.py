@@ -137,6 +137,7 @@ GLOBAL = np.dtype(
         ("switch_sigma", _f),
         ("settle_s", _f),
         ("rng_switching", np.uint64),
+        ("next_call", _i),
         # the greatest KV capacity of the placement, by phase
         ("largest_prefill_kv", _i),
         ("largest_decode_kv", _i),
@@ -291,6 +292,9 @@ NODE = np.dtype(
     align=True,
 )
 
+CALLS = 16
+"""How many durations of driver calls are drawn at a time."""
+
 FINISH_SLOTS = 512
 """A request is in the slot of its last iteration's number modulo this; more than most have iterations to go."""
 
@@ -335,6 +339,7 @@ class State(NamedTuple):
     tree_entity: npt.NDArray[np.int32]  # [2 L] the entity it belongs to
     finishing: npt.NDArray[np.int32]  # [I, FINISH_SLOTS] running requests by their last iteration: heads of lists
     route_heap: npt.NDArray[np.int32]  # [2, I] heap of instances by pass, per phase
+    calls_s: npt.NDArray[np.float64]  # [CALLS] drawn durations of the drivers' calls, used up before ``next_call``
     dirty: npt.NDArray[np.int32]  # [I] ring of instances to wake, in order
     memory: npt.NDArray[np.float64]  # [I, MEMORY_SIZE or more] the policies' own
     obs: npt.NDArray[np.float64]  # [2, features.SIZE] of the last decision of each phase
@@ -365,6 +370,7 @@ _SETTLED = (
     "tree_s",
     "tree_entity",
     "route_heap",
+    "calls_s",
     "dirty",
     "memory",
     "obs",
@@ -415,6 +421,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         glob[name] = -1
     glob["pending_instance"] = -1
     glob["bad_answer"] = -1
+    glob["next_call"] = CALLS
     inst = np.zeros(capacity, INSTANCE)
     for name in (
         "queue_head",
@@ -447,6 +454,7 @@ def empty_state(requests: int, nodes: int, capacity: int, max_sequences: int, lo
         tree_entity=entities,
         finishing=np.full((capacity, FINISH_SLOTS), -1, np.int32),
         route_heap=np.zeros((2, capacity), np.int32),
+        calls_s=np.zeros(CALLS),
         dirty=np.zeros(capacity, np.int32),
         memory=np.zeros((capacity, MEMORY_SIZE)),
         obs=np.zeros((2, features.SIZE)),

@@ -16,7 +16,10 @@ from numba.extending import intrinsic
 from biscale_gym._jit import inlined
 
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_LOG2_E = 1.4426950408889634
+_ROUNDER = 1.5 * 2.0**52
 _EXPONENT_BITS = 52
+_BITS_OF_ONE = 1023 << 52
 _ROOT_OF_HALF = 0x3FE6A09E << 32
 """The bits of sqrt(1/2), the low half left out."""
 _FRACTION = (1 << _EXPONENT_BITS) - 1
@@ -57,3 +60,44 @@ def natural_log(value: float) -> float:
     even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01))
     half = 0.5 * f * f
     return float(exponent * _LN2_HIGH - ((half - (s * (half + (odd + even)) + exponent * _LN2_LOW)) - f))
+
+
+@inlined
+def exponential(value: float) -> float:
+    """e^value of a number between -700 and 700: 2^k times the Taylor series of what is left, at most ln(2)/2."""
+    # Added to so great a number, one is rounded to a whole number, which then are the sum's lowest bits.
+    rounded = value * _LOG2_E + _ROUNDER
+    k = rounded - _ROUNDER
+    x = (value - k * _LN2_HIGH) - k * _LN2_LOW
+    series = 1.0 / 6227020800.0
+    series = series * x + 1.0 / 479001600.0
+    series = series * x + 1.0 / 39916800.0
+    series = series * x + 1.0 / 3628800.0
+    series = series * x + 1.0 / 362880.0
+    series = series * x + 1.0 / 40320.0
+    series = series * x + 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = series * x + 0.5
+    power_of_two = of_bits((bits_of(rounded) << _EXPONENT_BITS) + _BITS_OF_ONE)
+    return float((1.0 + (x + x * x * series)) * power_of_two)
+
+
+@inlined
+def cosine_of_turns(turns: float) -> float:
+    """cos(2 pi turns), of turns from 0 to 1: the Taylor series of the sine of the angle to the nearest zero."""
+    x = (abs(turns - 0.5) - 0.25) * (2.0 * np.pi)
+    z = x * x
+    series = 1.0 / 51090942171709440000.0
+    series = series * z - 1.0 / 121645100408832000.0
+    series = series * z + 1.0 / 355687428096000.0
+    series = series * z - 1.0 / 1307674368000.0
+    series = series * z + 1.0 / 6227020800.0
+    series = series * z - 1.0 / 39916800.0
+    series = series * z + 1.0 / 362880.0
+    series = series * z - 1.0 / 5040.0
+    series = series * z + 1.0 / 120.0
+    series = series * z - 1.0 / 6.0
+    return float(x + x * z * series)

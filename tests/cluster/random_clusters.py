@@ -12,7 +12,7 @@ from numba import njit
 from biscale_gym.cluster import features as f
 from biscale_gym.cluster.placement import InstanceSpec, Phase, Placement, layout
 from biscale_gym.cluster.policy import POLICY_SIGNATURE
-from biscale_gym.cluster.primitives import lognormal
+from biscale_gym.cluster.primitives import draw_lognormals
 from biscale_gym.cluster.settings import (
     BatchingSettings,
     ClusterSettings,
@@ -252,9 +252,10 @@ def run_reference(case: Case, engine: Simulator, asked: list[dict[str, Any]] | N
 
     def draw() -> float:
         nonlocal state
-        following, duration_s = lognormal(state, float(glob["switch_median_s"]), float(glob["switch_sigma"]))
+        one = np.empty(1)
+        following = draw_lognormals(state, float(glob["switch_median_s"]), float(glob["switch_sigma"]), one)
         state = np.uint64(following)
-        return float(duration_s)
+        return float(one[0])
 
     def plain_decode(decision: dict[str, Any]) -> int:
         if asked is not None:
