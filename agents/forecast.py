@@ -1,4 +1,4 @@
-"""The mean rate that tier 1 plans the next window for.
+"""The mean rate, or the mean load, that tier 1 plans the next window for.
 
 ============= ==========================================================================================
 last-window   mean rate of the last window: the paper's rule
@@ -9,6 +9,10 @@ oracle        true mean rate of the window to come: a bound for studies, which n
 
 Before the first window all of them answer the operator's estimate. The oracle cannot be had by mistake: a run fills
 ``PlanContext.coming_rate_rps`` in only for a controller that says ``foresees``, and without it the rule is an error.
+
+A load is a rate of *mean requests* (:mod:`biscale_gym.planning.curves`): of tokens, over the mean number that a request
+of the training demand brings the phase. The rules are the same; ``ewma`` weighs the loads of past windows, the others
+take requests to be as long as in the last one.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from numpy.typing import NDArray
 
 from agents.errors import AgentError
 from agents.settings import Tier1Settings
+from biscale_gym.cluster.placement import Phase
 from biscale_gym.control.controllers import PlanContext
+from biscale_gym.planning.curves import mean_tokens
 
 
 def peak_rps(arrivals_s: NDArray[np.float64], window_s: float, part_s: float) -> float:
@@ -77,3 +83,20 @@ def forecast_rps(settings: Tier1Settings, context: PlanContext) -> float:
     if settings.forecast == "ewma":
         return ewma_rps(context.history_rps, context.mean_rate_rps, settings.ewma_weight)
     return oracle_rps(context.coming_rate_rps)
+
+
+def forecast_load_rps(settings: Tier1Settings, context: PlanContext, phase: Phase) -> float:
+    """The load of a phase to plan for by the chosen rule [mean requests/s], without tier 1's margin.
+
+    Windows of which it is not known how long their requests were count as the training demand does.
+
+    Raises:
+        AgentError: the oracle is asked for in a run that does not show what comes.
+    """
+    mean = mean_tokens(context.training, phase)
+    lengths = [tokens / mean if tokens > 0.0 else 1.0 for tokens in context.history_tokens.get(phase, ())]
+    lengths = lengths or [1.0] * len(context.history_rps)
+    if settings.forecast == "ewma":
+        loads_rps = [rate_rps * length for rate_rps, length in zip(context.history_rps, lengths, strict=True)]
+        return ewma_rps(loads_rps, context.mean_rate_rps, settings.ewma_weight)
+    return forecast_rps(settings, context) * (lengths[-1] if lengths else 1.0)

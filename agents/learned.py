@@ -17,7 +17,7 @@ from pydantic import Field
 
 from agents.biscale import decode_policy, prefill_policy
 from agents.errors import AgentError
-from agents.forecast import forecast_rps
+from agents.forecast import forecast_load_rps
 from agents.load_placement import plan_load
 from agents.placement import Tier1, measurement_of
 from agents.settings import BiScaleSettings, Tier1Settings
@@ -235,11 +235,11 @@ class Learned:
         if self._placement == BISCALE:
             return self._tier1.plan(context)
         load, cluster = self.settings.load, context.scenario.cluster
-        rate_rps = forecast_rps(load.forecast, context)
+        loads_rps = {phase: forecast_load_rps(load.forecast, context, phase) for phase in PHASES}
         plan = plan_load(
             self.curves(context),
             cluster.nodes * cluster.gpus_per_node,
-            rate_rps,
+            loads_rps,
             load.price_j,
             lowest_idle_power_w(context.profile),
             load.shares,
@@ -248,7 +248,8 @@ class Learned:
             load.forecast_error,
         )
         if not plan.carries:
-            self._notes.append(f"window {len(context.history_rps)}: no placement carries {rate_rps:.2f} requests/s")
+            told = " and ".join(f"{load_rps:.2f} ({phase})" for phase, load_rps in loads_rps.items())
+            self._notes.append(f"window {len(context.history_rps)}: no placement carries {told} mean requests/s")
         start_mhz = self._start_mhz(context)
         return plan.placement(dict.fromkeys(PHASES, start_mhz))
 

@@ -5,16 +5,17 @@ follow the load, an instance draws a fixed part and little more per request unti
 instance takes idles at almost the power of one that waits. So the load itself is part of the choice:
 
     minimise    sum_i (W_i(r_i) + price * r_i * missed_i(r_i)) + w_idle * GPUs left over
-    subject to  sum of r_i over the instances of a phase = rate, for each phase;  GPUs <= cluster
+    subject to  sum of r_i over the instances of a phase = its load, for each phase;  GPUs <= cluster
 
 with the measured curves W, missed of :mod:`biscale_gym.planning.curves` and the price in joules that a late request is
-worth. Rates are whole shares of the forecast (1 / ``shares``), which makes it a shortest path over (GPUs, shares):
-exact up to that division. Requests are routed in proportion to the rates chosen.
+worth. Loads are in mean requests per second, as the curves are: prompts may be shorter today than in the training
+demand, and outputs longer. Those of instances are whole shares of the forecast (1 / ``shares``), which makes it a
+shortest path over (GPUs, shares): exact up to that division. Requests are routed in proportion to the loads chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,13 +66,13 @@ class LoadPlan:
 
 
 def instance_costs(
-    curve: LoadCurve, rate_rps: float, shares: int, price_j: float, forecast_error: float = 0.0
+    curve: LoadCurve, load_rps: float, shares: int, price_j: float, forecast_error: float = 0.0
 ) -> Vector:
     """Expected cost rate of one instance at 1 to ``shares`` shares of a forecast, float64[shares], W.
 
     The forecast's relative error is taken as normal, by Gauss-Hermite quadrature of ``len(_NODES)`` points.
     """
-    certain = rate_rps * np.arange(1, shares + 1) / shares
+    certain = load_rps * np.arange(1, shares + 1) / shares
     if forecast_error <= 0.0:
         return _certain_costs(curve, certain, price_j)
     return np.asarray(
@@ -82,13 +83,13 @@ def instance_costs(
     )
 
 
-def _certain_costs(curve: LoadCurve, rates: Vector, price_j: float) -> Vector:
-    power_w, missed = curve.at(rates)
+def _certain_costs(curve: LoadCurve, loads: Vector, price_j: float) -> Vector:
+    power_w, missed = curve.at(loads)
     last = curve.points[-1]
     beyond = ~np.isfinite(power_w)
     power_w[beyond], missed[beyond] = last.power_w, last.missed
-    late_rps = rates * missed
-    unserved_rps = np.where(beyond, rates - last.rate_rps, 0.0)
+    late_rps = loads * missed
+    unserved_rps = np.where(beyond, loads - last.load_rps, 0.0)
     return power_w + price_j * late_rps + UNSERVED_PRICE * unserved_rps
 
 
@@ -153,7 +154,7 @@ def _shared(costs: dict[int, Vector], degrees: Sequence[int], shares: int) -> tu
 def _kept(
     costs: dict[Phase, dict[int, Vector]], present: Placement, gpus: int, unallocated_w: float, shares: int
 ) -> LoadPlan | None:
-    """The instances that serve now, with the best shares for the rate; None if a curve is missing."""
+    """The instances that serve now, with the best shares for the load; None if a curve is missing."""
     instances: dict[Phase, tuple[LoadedInstance, ...]] = {}
     cost_w = unallocated_w * (gpus - present.gpus)
     for phase in PHASES:
@@ -168,7 +169,7 @@ def _kept(
 def plan_load(
     curves: Sequence[LoadCurve],
     gpus: int,
-    rate_rps: float,
+    loads_rps: Mapping[Phase, float],
     price_j: float,
     unallocated_w: float,
     shares: int = 24,
@@ -176,15 +177,15 @@ def plan_load(
     keep_within: float = 0.0,
     forecast_error: float = 0.0,
 ) -> LoadPlan:
-    """The cheapest instances and shares for a rate; or the present instances with new shares.
+    """The cheapest instances and shares for a load; or the present instances with new shares.
 
     Args:
         curves: of every kind of instance of both phases.
         gpus: of the cluster, nodes of which hold whole instances of every TP degree.
-        rate_rps: forecast of the window's mean rate.
+        loads_rps: forecast of the window's mean load of each phase, in mean requests per second.
         price_j: joules that a request outside its SLO counts.
         unallocated_w: power of a GPU that no instance takes.
-        shares: into how many parts the rate is divided.
+        shares: into how many parts a load is divided.
         present: the placement that serves now.
         keep_within: its instances stay while their cost is within this share of the optimum's: an instance that is
             given up draws its power until its last request is served.
@@ -194,11 +195,11 @@ def plan_load(
         AgentError: a phase has no curve, or one instance of each does not fit.
     """
     costs: dict[Phase, dict[int, Vector]] = {phase: {} for phase in PHASES}
-    ends_rps = {(curve.phase, curve.tp): curve.points[-1].rate_rps for curve in curves}
+    ends_rps = {(curve.phase, curve.tp): curve.points[-1].load_rps for curve in curves}
 
     def told(plan: LoadPlan) -> LoadPlan:
         carried = [
-            one.share * rate_rps / shares <= ends_rps[phase, one.tp]
+            one.share * loads_rps[phase] / shares <= ends_rps[phase, one.tp]
             for phase in PHASES
             for one in plan.instances[phase]
         ]
@@ -206,7 +207,8 @@ def plan_load(
 
     for curve in curves:
         if curve.tp <= gpus:
-            costs[curve.phase][curve.tp] = instance_costs(curve, rate_rps, shares, price_j, forecast_error)
+            load_rps = loads_rps[curve.phase]
+            costs[curve.phase][curve.tp] = instance_costs(curve, load_rps, shares, price_j, forecast_error)
     solved: dict[Phase, _Phase] = {}
     for phase in PHASES:
         if not costs[phase]:

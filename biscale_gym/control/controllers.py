@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from biscale_gym.cluster.placement import Placement
+from biscale_gym.cluster.placement import Phase, Placement
 from biscale_gym.cluster.simulator import ClusterError, PhasePolicy, Simulator
 from biscale_gym.config import nearest, parsed_overrides
 from biscale_gym.control.scenario import ScenarioSettings
@@ -51,6 +51,9 @@ class PlanContext:
             before the first border.
         coming_rate_rps: true mean rate until the next border or the end of the counted part; None before the first
             border, and for every controller that does not foresee.
+        history_tokens: by phase, for each window so far: mean prompt tokens of the requests that arrived in it
+            (prefill), mean output tokens of those that finished in it (decode); NaN where there were none. Empty where
+            nobody keeps count.
     """
 
     scenario: ScenarioSettings
@@ -62,6 +65,7 @@ class PlanContext:
     clocks_mhz: tuple[int, ...] = ()
     last_arrivals_s: FloatArray = field(default_factory=no_arrivals, compare=False)
     coming_rate_rps: float | None = None
+    history_tokens: Mapping[Phase, tuple[float, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def last_rate_rps(self) -> float:

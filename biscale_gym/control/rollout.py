@@ -202,6 +202,7 @@ class Rollout:
         self.profile = profile or cluster.profile()
         self.placements: list[tuple[float, Placement]] = []
         self._history_rps: list[float] = []
+        self._history_tokens: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
         self._clocks_mhz = tuple(sorted({*scenario.clocks_mhz, scenario.top_clock_mhz}))
         self.switching = switching
         self.predicted = believed
@@ -286,6 +287,7 @@ class Rollout:
             training=self.requests.training,
             mean_rate_rps=self.requests.mean_rate_rps,
             history_rps=tuple(self._history_rps),
+            history_tokens={phase: tuple(tokens) for phase, tokens in self._history_tokens.items()},
             previous=self.placements[-1][1] if self.placements else None,
             clocks_mhz=self._clocks_mhz,
         )
@@ -305,12 +307,22 @@ class Rollout:
         """Where the counted part ends: the generated duration, or a recorded trace's last arrival."""
         return self.requests.end_s
 
+    def _count_tokens(self, start_s: float, stop_s: float) -> None:
+        """Note how long the requests of a window were: prompts when they arrive, outputs when they are finished."""
+        ledger = self.simulator.requests()
+        tokens = {"prefill": ledger.prompt_tokens, "decode": ledger.output_tokens}
+        times_s = {"prefill": ledger.arrival_s, "decode": ledger.finish_s}
+        for phase in PHASES:
+            own = tokens[phase][(times_s[phase] >= start_s) & (times_s[phase] < stop_s)]
+            self._history_tokens[phase].append(float(own.mean()) if len(own) else float("nan"))
+
     def _replan(self, now_s: float) -> None:
         """The next window's placement; the running cluster changes to it unless the window gets one of its own."""
         window_s = self.scenario.window_s
         arrivals_s = self._arrivals_s(now_s - window_s, now_s) - (now_s - window_s)
         arrivals_s.setflags(write=False)
         self._history_rps.append(len(arrivals_s) / window_s)
+        self._count_tokens(now_s - window_s, now_s)
         context = replace(self._context(), last_arrivals_s=arrivals_s, coming_rate_rps=self._coming_rate_rps(now_s))
         placement = self.controller.plan(context)
         if placement != self.placements[-1][1] and not self._fresh_windows:

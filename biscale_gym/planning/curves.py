@@ -1,8 +1,12 @@
-"""Load curves: what an instance draws in a window, and how many requests it fails, at every rate under a clock policy.
+"""Load curves: what an instance draws in a window, and how many requests it fails, at every load under a clock policy.
 
 A class table (:mod:`biscale_gym.planning.classes`) knows one rate and one clock per row. Where clocks follow the load,
 one instance serves any rate, at the power that its policy needs for it; a curve measures that, with the policy that
 will run, on the demand that planners may learn from. Curves are kept on disk as class tables are.
+
+What loads an instance are tokens, and requests that are longer today than in the training demand load it more. So a
+load is counted in *mean requests*: tokens over the mean number that a request of the training demand has, prompt tokens
+for prefill and output tokens for decode.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,14 +42,17 @@ CACHE_KIND = "load-curves"
 STEP = 1.4
 """Factor between the mean rates of the runs that make a curve."""
 FINE_STEP = 1.07
-"""The same, once more than ``FEW_MISSED`` of a run's requests were late."""
+"""The same, from the last run before the limit on."""
+FINE_REQUESTS = 3
+"""How many times a probe's requests a run in fine steps has: near its limit, one window's burst is not the rule."""
 FEW_MISSED = 0.001
+"""Share of late requests, beyond those that are late at the lowest rate, too, that marks the limit."""
 MOST_MISSED = 0.3
 """Share of late requests at which the runs end."""
 CARRIED_OVER = 0.02
 """Share of late requests in a window from which the next one's backlog is not its own."""
 CLASS_WIDTH = 1.06
-"""Ratio of the rates of windows that make one point."""
+"""Ratio of the loads of windows that make one point."""
 FIRST_RATE_RPS = 0.25
 """Per GPU; where curves begin."""
 STEP_BACK = 2.0
@@ -55,38 +63,38 @@ LEAST_PER_WINDOW = 4.0
 
 @dataclass(frozen=True)
 class LoadPoint:
-    """An instance in windows of one rate.
+    """An instance in windows of one load.
 
     Attributes:
-        rate_rps: requests/s.
+        load_rps: mean requests/s.
         power_w: of all its GPUs, idle time included.
         missed: share of requests outside the phase's SLO.
     """
 
-    rate_rps: float
+    load_rps: float
     power_w: float
     missed: float
 
 
 @dataclass(frozen=True)
 class LoadCurve:
-    """An instance of one kind at rising rates.
+    """An instance of one kind at rising loads.
 
     Attributes:
         phase, tp: what the instance is.
-        points: by rate; neither power nor ``missed`` falls along them.
+        points: by load; neither power nor ``missed`` falls along them.
     """
 
     phase: Phase
     tp: int
     points: tuple[LoadPoint, ...]
 
-    def at(self, rate_rps: Vector) -> tuple[Vector, Vector]:
-        """(power [W], share missed) at some rates: two float64[n], linear between the points, inf beyond the last."""
-        rates = np.array([point.rate_rps for point in self.points])
-        power_w = np.interp(rate_rps, rates, [point.power_w for point in self.points])
-        missed = np.interp(rate_rps, rates, [point.missed for point in self.points])
-        beyond = rate_rps > rates[-1] * (1.0 + 1e-9)
+    def at(self, load_rps: Vector) -> tuple[Vector, Vector]:
+        """(power [W], share missed) at some loads: two float64[n], linear between the points, inf beyond the last."""
+        loads = np.array([point.load_rps for point in self.points])
+        power_w = np.interp(load_rps, loads, [point.power_w for point in self.points])
+        missed = np.interp(load_rps, loads, [point.missed for point in self.points])
+        beyond = load_rps > loads[-1] * (1.0 + 1e-9)
         return np.where(beyond, np.inf, power_w), np.where(beyond, np.inf, missed)
 
 
@@ -120,14 +128,19 @@ class Windows:
     """What an instance did in each window of a run: float64[windows] each.
 
     Attributes:
-        rate_rps: requests that arrived, over the window's length.
+        load_rps: mean requests that arrived, over the window's length.
         power_w: mean.
-        missed: share of those requests outside the SLO; NaN where none was judged.
+        missed: share of the requests that arrived outside the SLO; NaN where none was judged.
     """
 
-    rate_rps: Vector
+    load_rps: Vector
     power_w: Vector
     missed: Vector
+
+
+def mean_tokens(trace: Trace, phase: Phase) -> float:
+    """Mean tokens that a request of this trace brings a phase."""
+    return float((trace.prompt_tokens if phase == "prefill" else trace.output_tokens).mean())
 
 
 def serve_windows(
@@ -161,12 +174,14 @@ def serve_windows(
     if phase == "prefill":
         latency_s, limit_s = ttft_s(ledger, 1e-3 * measurement.cluster.serving_overhead_ms), measurement.slo.ttft_s
         judged = np.ones(len(latency_s), np.bool_)
+        tokens = ledger.prompt_tokens
     else:
         latency_s, limit_s = tpot_s(ledger, measurement.tpot_definition), measurement.slo.tpot_s
         judged = ledger.output_tokens > 1
+        tokens = ledger.output_tokens
     late = ~(ledger.finished & (latency_s <= limit_s))
     lengths_s = np.diff(borders_s)
-    arrived, _ = np.histogram(ledger.arrival_s, borders_s)
+    arrived, _ = np.histogram(ledger.arrival_s, borders_s, weights=tokens / mean_tokens(measurement.training, phase))
     counted, _ = np.histogram(ledger.arrival_s[judged], borders_s)
     missed, _ = np.histogram(ledger.arrival_s[judged & late], borders_s)
     spent_j = np.array([float(after.since(before).energy_j.sum()) for before, after in pairwise(ledgers)])
@@ -176,44 +191,44 @@ def serve_windows(
 def measure_curve(measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, window_s: float) -> LoadCurve:
     """Measure an instance on the training demand, thinned or superposed to rising rates, until it fails many requests.
 
-    What is read off are windows: a window's own rate, power and share missed, so that a curve says what comes of a
-    window of that rate, bursts within it included; slower swings are the forecast's. Windows are brought together in
-    classes of similar rates; power and shares are made non-decreasing by isotonic regression.
+    What is read off are windows: a window's own load, power and share missed, so that a curve says what comes of a
+    window of that load, bursts within it included; slower swings are the forecast's. Windows are brought together in
+    classes of similar loads; power and shares are made non-decreasing by isotonic regression.
+
+    Rates rise in coarse steps, and in fine ones from the last before the instance's limit: planners load instances up
+    to there, so the way to it counts.
     """
     delay_s = nominal_prefill_s(measurement) if phase == "decode" else None
     training = measurement.training if delay_s is None else delayed(measurement.training, delay_s)
     seen: list[Windows] = []
 
-    def missed_at(rate_rps: float) -> float:
-        trace = probe_trace(training, rate_rps, measurement.requests_per_probe, measurement.seed)
+    def missed_at(rate_rps: float, requests: int) -> float:
+        trace = probe_trace(training, rate_rps, requests, measurement.seed)
         seen.append(serve_windows(measurement, phase, tp, served, trace, window_s))
         return float(np.nanmean(seen[-1].missed))
 
-    rate_rps, step = FIRST_RATE_RPS * tp, STEP
-    while missed_at(rate_rps) > FEW_MISSED and rate_rps * window_s > LEAST_PER_WINDOW * STEP_BACK:
+    rate_rps, requests = FIRST_RATE_RPS * tp, measurement.requests_per_probe
+    while (always := missed_at(rate_rps, requests)) > FEW_MISSED and rate_rps * window_s > LEAST_PER_WINDOW * STEP_BACK:
         rate_rps /= STEP_BACK
         seen.clear()
-    while True:
-        rate_rps *= step
-        missed = missed_at(rate_rps)
-        if missed > MOST_MISSED:
-            break
-        if missed > FEW_MISSED:
-            step = FINE_STEP
+    while missed_at(rate_rps * STEP, requests) <= min(always + FEW_MISSED, MOST_MISSED):
+        rate_rps *= STEP
+    while missed_at(rate_rps * FINE_STEP, FINE_REQUESTS * requests) <= MOST_MISSED:
+        rate_rps *= FINE_STEP
     return LoadCurve(phase, tp, points_of(seen))
 
 
 def points_of(seen: list[Windows]) -> tuple[LoadPoint, ...]:
-    """Windows of similar rates together, one point each; those that follow an overloaded one bear its backlog."""
-    rate, power, missed = (
-        np.concatenate([getattr(one, name) for one in seen]) for name in ("rate_rps", "power_w", "missed")
+    """Windows of similar loads together, one point each; those that follow an overloaded one bear its backlog."""
+    load, power, missed = (
+        np.concatenate([getattr(one, name) for one in seen]) for name in ("load_rps", "power_w", "missed")
     )
     burdened = np.concatenate([np.append(False, np.nan_to_num(one.missed[:-1]) > CARRIED_OVER) for one in seen])
-    usable = (rate > 0.0) & np.isfinite(missed) & ~burdened
-    rate, power, missed = rate[usable], power[usable], missed[usable]
-    number = np.round(np.log(rate) / np.log(CLASS_WIDTH)).astype(np.int64)
+    usable = (load > 0.0) & np.isfinite(missed) & ~burdened
+    load, power, missed = load[usable], power[usable], missed[usable]
+    number = np.round(np.log(load) / np.log(CLASS_WIDTH)).astype(np.int64)
     classes = np.unique(number)
-    means = np.array([[values[number == one].mean() for values in (rate, power, missed)] for one in classes])
+    means = np.array([[values[number == one].mean() for values in (load, power, missed)] for one in classes])
     weights = np.array([np.count_nonzero(number == one) for one in classes], np.float64)
     power_w = isotonic_regression(means[:, 1], weights=weights).x
     shares = isotonic_regression(means[:, 2], weights=weights).x
@@ -224,20 +239,7 @@ def curve_key(
     measurement: Measurement, phase: Phase, tp: int, served: CurvePolicy, window_s: float, sources: str
 ) -> str:
     """Content hash of everything that a curve depends on."""
-    limits = [
-        measurement.slo.ttft_s,
-        measurement.slo.tpot_s,
-        window_s,
-        CARRIED_OVER,
-        CLASS_WIDTH,
-        STEP,
-        FINE_STEP,
-        FEW_MISSED,
-        MOST_MISSED,
-        FIRST_RATE_RPS,
-        STEP_BACK,
-        LEAST_PER_WINDOW,
-    ]
+    limits = [measurement.slo.ttft_s, measurement.slo.tpot_s, window_s]
     return measurement_key(measurement, sources, {"curve": [phase, tp, *limits], "policy": served.key()})
 
 
@@ -277,7 +279,7 @@ def load_curves(
         served: the clock policy of each phase.
         window_s: length of the windows that are planned.
     """
-    sources = source_digest()
+    sources = source_digest() + table_cache.source_digest(Path(__file__))
     keys = [curve_key(measurement, phase, tp, served[phase], window_s, sources) for phase, tp in kinds]
     found = [_stored(phase, tp, key) for (phase, tp), key in zip(kinds, keys, strict=True)]
     if all(curve is not None for curve in found):

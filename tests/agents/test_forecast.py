@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from agents.biscale import BiScale
 from agents.errors import AgentError
-from agents.forecast import ewma_rps, forecast_rps, peak_rps
+from agents.forecast import ewma_rps, forecast_load_rps, forecast_rps, peak_rps
 from agents.settings import Tier1Settings
 from baselines.place_only import PlaceOnly
-from biscale_gym.cluster.placement import InstanceSpec, Placement
+from biscale_gym.cluster.placement import PHASES, InstanceSpec, Placement
 from biscale_gym.control.controllers import PlanContext
 from biscale_gym.control.rollout import Rollout, RunJob, run
 from biscale_gym.control.scenario import load_scenario
@@ -61,10 +64,33 @@ def test_rules_on_a_history(context, settings, expected_rps):
     assert forecast_rps(Tier1Settings(**settings), context) == pytest.approx(expected_rps, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("settings", "tokens", "expected_rps"),
+    [
+        # Prompts of 1,000 tokens in the training demand.
+        ({"forecast": "ewma", "ewma_weight": 0.5}, (500.0, 2000.0, 1000.0), ((2.0 + 0.5) / 2 + 8.0) / 4 + 0.7 / 2),
+        ({"forecast": "ewma", "ewma_weight": 0.5}, (math.nan, 2000.0, 1000.0), ((2.0 + 1.0) / 2 + 8.0) / 4 + 0.7 / 2),
+        ({"forecast": "ewma", "ewma_weight": 0.5}, (), ((2.0 + 1.0) / 2 + 4.0) / 4 + 0.7 / 2),
+        ({"forecast": "last-window"}, (500.0, 2000.0, 1500.0), 0.7 * 1.5),
+        ({"forecast": "peak", "peak_s": 60.0}, (500.0, 2000.0, 1500.0), 14 / 20 * 1.5),
+        ({"forecast": "oracle"}, (500.0, 2000.0, 1500.0), 9.0 * 1.5),
+    ],
+)
+@pytest.mark.parametrize("phase", PHASES)
+def test_longer_requests_are_more_load(context, settings, tokens, expected_rps, phase):
+    lengths = {"prefill": (1_000, 10), "decode": (7, 1_000)}[phase]
+    training = Trace([0.0, 1.0], [lengths[0]] * 2, [lengths[1]] * 2)
+    longer = replace(context, training=training, history_tokens={phase: tokens})
+    load_rps = forecast_load_rps(Tier1Settings(**settings), longer, phase)
+    assert load_rps == pytest.approx(expected_rps, rel=1e-12)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_the_first_window_is_the_operators_estimate(scenario, profile, rule):
     first = PlanContext(scenario, profile, Trace([0.0], [1], [1]), mean_rate_rps=2.0)
     assert forecast_rps(Tier1Settings(forecast=rule), first) == 2.0
+    for phase in PHASES:
+        assert forecast_load_rps(Tier1Settings(forecast=rule), first, phase) == 2.0
 
 
 def test_a_window_is_cut_into_equal_parts():
@@ -101,6 +127,24 @@ class Watching:
 
     def policies(self, context: PlanContext) -> tuple[None, None]:
         return None, None
+
+
+@pytest.mark.parametrize("window_start", ["carried", "steady-state"])
+def test_a_run_tells_how_long_requests_were(scenario, requests, window_start):
+    controller = Watching()
+    changed = scenario.model_copy(update={"window_start": window_start, "warmup_s": 1.0})
+    rollout = Rollout(controller, changed, requests)
+    rollout.run()
+    trace, ledger = requests.evaluated, rollout.ledger()
+    for number, context in enumerate(controller.contexts):
+        assert {len(tokens) for tokens in context.history_tokens.values()} == {number}
+        for past in range(number):
+            arrived = (trace.arrival_s >= 20.0 * past) & (trace.arrival_s < 20.0 * (past + 1))
+            finished = (ledger.finish_s >= 20.0 * past) & (ledger.finish_s < 20.0 * (past + 1))
+            if window_start == "steady-state":
+                finished &= ledger.arrival_s >= 20.0 * past
+            assert context.history_tokens["prefill"][past] == pytest.approx(trace.prompt_tokens[arrived].mean())
+            assert context.history_tokens["decode"][past] == pytest.approx(ledger.output_tokens[finished].mean())
 
 
 class Foreseeing(Watching):

@@ -91,7 +91,7 @@ def test_its_placement_fits_the_clocks_that_run(models: dict[str, str]) -> None:
     scenario = load_scenario("smoke")
     profile = scenario.cluster.profile()
     requests = requests_for(scenario, profile, "test", 0, None, None)
-    context = PlanContext(scenario, profile, requests.training, 60.0, clocks_mhz=(*CLOCKS_MHZ, 1980))
+    context = PlanContext(scenario, profile, requests.training, 80.0, clocks_mhz=(*CLOCKS_MHZ, 1980))
     fast = Learned(**models, load=QUICK)
     constant("decode", 0).save(Path(models["decode"]))
     slow = Learned(**models, load=QUICK)
@@ -110,7 +110,7 @@ def test_an_overload_is_in_the_notes(models: dict[str, str]) -> None:
             overrides={"duration_s": 10.0, "window_s": 10.0, "warmup_s": 1.0},
         )
     )
-    assert "no placement carries 400.00 requests/s" in outcome.provenance["notes"][0]
+    assert "no placement carries 400.00 (prefill) and 400.00 (decode) mean requests/s" in outcome.provenance["notes"][0]
 
 
 def test_a_changed_model_is_another_run(models: dict[str, str]) -> None:

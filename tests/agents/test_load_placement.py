@@ -17,6 +17,13 @@ from biscale_gym.cluster.placement import PHASES, InstanceSpec, Placement
 from biscale_gym.planning.curves import LoadCurve, LoadPoint
 
 PRICE_J, IDLE_W = 300.0, 72.0
+
+
+def both(load_rps: float) -> Any:
+    """The same load for both phases."""
+    return dict.fromkeys(PHASES, load_rps)
+
+
 START_MHZ: Any = {"prefill": 1830, "decode": 1830}
 
 
@@ -71,11 +78,14 @@ def cheapest_w(curves: list[LoadCurve], phase: str, gpus: int, rate_rps: float, 
 
 
 @settings(deadline=None, max_examples=25)
-@given(curves=curve_sets(), rate_rps=st.floats(1.0, 30.0), error=st.sampled_from([0.0, 0.15]))
-def test_it_is_the_cheapest_of_all(curves: list[LoadCurve], rate_rps: float, error: float) -> None:
+@given(
+    curves=curve_sets(), prefill=st.floats(1.0, 30.0), decode=st.floats(1.0, 30.0), error=st.sampled_from([0.0, 0.15])
+)
+def test_it_is_the_cheapest_of_all(curves: list[LoadCurve], prefill: float, decode: float, error: float) -> None:
+    loads: Any = {"prefill": prefill, "decode": decode}
     gpus, shares = 6, 4
-    plan = plan_load(curves, gpus, rate_rps, PRICE_J, IDLE_W, shares, forecast_error=error)
-    each = [[cheapest_w(curves, phase, g, rate_rps, shares, error) for g in range(1, gpus)] for phase in PHASES]
+    plan = plan_load(curves, gpus, loads, PRICE_J, IDLE_W, shares, forecast_error=error)
+    each = [[cheapest_w(curves, phase, g, loads[phase], shares, error) for g in range(1, gpus)] for phase in PHASES]
     brute_w = min(
         each[0][p - 1] + each[1][d - 1] + IDLE_W * (gpus - p - d)
         for p in range(1, gpus)
@@ -103,12 +113,14 @@ def counts(plan: LoadPlan, phase: Any) -> list[int]:
 def test_present_instances_stay_while_they_are_nearly_as_cheap() -> None:
     curves = two_curves()
     present = Placement((InstanceSpec("prefill", 2, 1830), *[InstanceSpec("decode", 2, 1830)] * 2))
-    free = plan_load(curves, 16, 15.0, PRICE_J, IDLE_W)
+    free = plan_load(curves, 16, both(15.0), PRICE_J, IDLE_W)
     assert counts(free, "decode") == [2]
-    excess = plan_load(curves, 16, 15.0, PRICE_J, IDLE_W, present=present, keep_within=10.0).cost_w / free.cost_w - 1.0
+    excess = (
+        plan_load(curves, 16, both(15.0), PRICE_J, IDLE_W, present=present, keep_within=10.0).cost_w / free.cost_w - 1.0
+    )
     assert excess > 0.0
-    kept = plan_load(curves, 16, 15.0, PRICE_J, IDLE_W, present=present, keep_within=1.01 * excess)
-    changed = plan_load(curves, 16, 15.0, PRICE_J, IDLE_W, present=present, keep_within=0.99 * excess)
+    kept = plan_load(curves, 16, both(15.0), PRICE_J, IDLE_W, present=present, keep_within=1.01 * excess)
+    changed = plan_load(curves, 16, both(15.0), PRICE_J, IDLE_W, present=present, keep_within=0.99 * excess)
     assert counts(kept, "decode") == [2, 2]
     assert sum(one.share for one in kept.instances["decode"]) == 24
     assert counts(changed, "decode") == [2]
@@ -116,22 +128,22 @@ def test_present_instances_stay_while_they_are_nearly_as_cheap() -> None:
 
 def test_an_uncertain_forecast_buys_room() -> None:
     curves = two_curves()
-    certain = plan_load(curves, 16, 15.5, 3000.0, IDLE_W)
-    uncertain = plan_load(curves, 16, 15.5, 3000.0, IDLE_W, forecast_error=0.15)
+    certain = plan_load(curves, 16, both(15.5), 3000.0, IDLE_W)
+    uncertain = plan_load(curves, 16, both(15.5), 3000.0, IDLE_W, forecast_error=0.15)
     assert counts(certain, "decode") == [2]
     assert sum(counts(uncertain, "decode")) > 2
 
 
 def test_an_overload_takes_what_carries_most_and_says_so() -> None:
     curves = two_curves()
-    assert plan_load(curves, 16, 60.0, PRICE_J, IDLE_W).carries
-    overload = plan_load(curves, 8, 200.0, PRICE_J, IDLE_W)
+    assert plan_load(curves, 16, both(60.0), PRICE_J, IDLE_W).carries
+    overload = plan_load(curves, 8, both(200.0), PRICE_J, IDLE_W)
     assert not overload.carries
     assert overload.placement(START_MHZ).gpus == 8
 
 
 def test_a_cluster_too_small_is_refused() -> None:
     with pytest.raises(AgentError, match="does not fit on 3 GPUs"):
-        plan_load(two_curves(), 3, 1.0, PRICE_J, IDLE_W)
+        plan_load(two_curves(), 3, both(1.0), PRICE_J, IDLE_W)
     with pytest.raises(AgentError, match="no decode instance"):
-        plan_load(two_curves()[:1], 4, 1.0, PRICE_J, IDLE_W)
+        plan_load(two_curves()[:1], 4, both(1.0), PRICE_J, IDLE_W)
