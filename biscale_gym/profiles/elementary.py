@@ -45,19 +45,17 @@ of_bits: Any = intrinsic(_of_bits)
 
 @inlined
 def natural_log(value: float) -> float:
-    """ln(value) of a positive, normal, finite number; after fdlibm's ``e_log.c`` (Sun Microsystems, 1993)."""
-    # value = 2^exponent * (1 + f), sqrt(1/2) <= 1 + f < sqrt(2); ln(1 + f) = 2 artanh(s).
+    """ln(value) of a positive, normal, finite number: whole powers of two, and the Taylor series of the rest."""
+    # value = 2^exponent * (1 + f), sqrt(1/2) <= 1 + f < sqrt(2); with s = f / (2 + f)
+    # ln(1 + f) = 2 artanh(s) = 2 s + s R = f - half + s (half + R), where what is added to f is small.
     above = bits_of(value) - _ROOT_OF_HALF
     exponent = np.float64(above >> _EXPONENT_BITS)
     f = of_bits((above & _FRACTION) + _ROOT_OF_HALF) - 1.0
     s = f / (2.0 + f)
     z = s * s
     w = z * z
-    odd = z * (
-        6.666666666666735130e-01
-        + w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01))
-    )
-    even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01))
+    odd = z * (2.0 / 3.0 + w * (2.0 / 7.0 + w * (2.0 / 11.0 + w * (2.0 / 15.0 + w * (2.0 / 19.0)))))
+    even = w * (2.0 / 5.0 + w * (2.0 / 9.0 + w * (2.0 / 13.0 + w * (2.0 / 17.0 + w * (2.0 / 21.0)))))
     half = 0.5 * f * f
     return float(exponent * _LN2_HIGH - ((half - (s * (half + (odd + even)) + exponent * _LN2_LOW)) - f))
 
