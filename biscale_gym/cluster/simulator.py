@@ -16,6 +16,7 @@ from biscale_gym.cluster import engine, features
 from biscale_gym.cluster.clocks import ask_clock
 from biscale_gym.cluster.handle import Handle, handle_of
 from biscale_gym.cluster.ledger import InstanceLedger, RequestLedger, read_instances, read_requests
+from biscale_gym.cluster.pages import Blocks
 from biscale_gym.cluster.placement import (
     PHASES,
     InstanceSpec,
@@ -174,6 +175,7 @@ class Simulator:
         self._model_spans: Spans = {}
         self._predicted_spans: Spans = {}
         self._handle: tuple[Handle, State, Any, Any] | None = None
+        self._blocks = Blocks()
         check_placement(
             placement, profile.tensor_parallel_degrees, settings.nodes, settings.gpus_per_node, self._phases
         )
@@ -357,7 +359,8 @@ class Simulator:
     def anew(self, trace: Trace, seed: int | np.random.SeedSequence) -> Simulator:
         """What a new simulator of the same cluster, placement and policies would be for another trace and seed.
 
-        Compiled profiles are shared, presets are not read again: a tenth of the time of building one.
+        Compiled profiles are shared, presets are not read again: a tenth of the time of building one. Memory of those
+        made so before that are gone is used again.
 
         Raises:
             ClusterError: this one has run already, or the seed is negative.
@@ -367,7 +370,7 @@ class Simulator:
         twin = copy.copy(self)
         state, nothing = self.state, np.zeros(0)
         bare = state._replace(arrivals=state.arrivals[:0], req=state.req[:0], models=nothing, predicted=nothing)
-        arrivals, req = request_arrays(len(trace))
+        arrivals, req = request_arrays(len(trace), self._blocks)
         twin.state = copy_state(bare)._replace(
             arrivals=arrivals, req=req, models=state.models, predicted=state.predicted
         )
@@ -407,8 +410,8 @@ class Simulator:
             self.state = settled(self.state, room)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but the handle, whose addresses are this object's."""
-        return {**self.__dict__, "_handle": None}
+        """For copies and pickles: all but the handle, whose addresses are this object's, and memory to be reused."""
+        return {**self.__dict__, "_handle": None, "_blocks": Blocks()}
 
     def set_policies(
         self, prefill: PhasePolicy | None, decode: PhasePolicy | None, only_when_told: bool = False

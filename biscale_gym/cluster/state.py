@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from biscale_gym.cluster import features
-from biscale_gym.cluster.pages import LINE_BYTES, on_large_pages
+from biscale_gym.cluster.pages import LINE_BYTES, Blocks
 from biscale_gym.cluster.policy import MEMORY_SIZE
 
 PREFILL = 0
@@ -356,10 +356,10 @@ def copy_state(state: State) -> State:
     return State._make([array.copy() for array in state])
 
 
-def request_arrays(requests: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """(``arrivals``, ``req``) of any content, side by side."""
+def request_arrays(requests: int, blocks: Blocks) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(``arrivals``, ``req``) of any content, side by side in one of ``blocks``."""
     behind = requests * REQUEST.itemsize
-    room = on_large_pages(behind + requests * ARRIVAL.itemsize)
+    room = blocks.take(behind + requests * ARRIVAL.itemsize)
     return room[behind:].view(ARRIVAL), room[:behind].view(REQUEST)
 
 
